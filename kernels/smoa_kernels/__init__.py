@@ -1,0 +1,1 @@
+"""Deltas of a mixed batch of SMoA and HiRA adapters."""
