@@ -1,0 +1,50 @@
+# The first Python that is new enough; override with: make setup PYTHON=python3.12
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done; true)
+VENV ?= .venv
+MATRIX_VERSION ?= 0.28
+MATRIX_VENV ?= .venv-$(MATRIX_VERSION)
+PY := $(VENV)/bin/python
+ARGS ?=
+WHAT ?= serving
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-models serve test test-matrix check format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## make .venv with what this machine needs (CUDA or CPU engine)
+	@$(or $(PYTHON),python3) scripts/setup_env.py --venv $(VENV)
+
+demo: setup ## build a small base and its adapters, serve them, ask them all, print a table, shut down
+	@$(PY) -m smoa_serve.demo run $(ARGS)
+
+demo-models: setup ## only build the demo's base model and adapters
+	@$(PY) -m smoa_serve.demo models $(ARGS)
+
+serve: setup ## the demo's server, left running until Ctrl-C
+	@$(PY) -m smoa_serve.demo run --keep $(ARGS)
+
+test: setup ## all tests
+	@$(PY) -m pytest $(ARGS)
+
+test-matrix: ## the engine's tests on the other supported vLLM release
+	@SMOA_VLLM_VERSION=$(MATRIX_VERSION) $(or $(PYTHON),python3) scripts/setup_env.py --venv $(MATRIX_VENV)
+	@$(MATRIX_VENV)/bin/python -m pytest -m matrix $(ARGS)
+
+check: setup ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: setup ## let ruff repair and format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: setup ## python -m benchmarks $(WHAT): make bench WHAT=serving ARGS=--quick
+	@$(PY) -m benchmarks $(WHAT) $(ARGS)
+
+clean: ## remove environments, demo models and caches
+	rm -rf .venv .venv-* .demo build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
