@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-editable", action="store_true", help="install a copy instead of linking this checkout")
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not start vLLM: no GPU is here, as in an image build"
+        "--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)"
     )
     flags = parser.parse_args(arguments)
     device = plan.choose_device(flags.device, has_cuda)
