@@ -223,9 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--extras", default="dev", help="extras beside the engine's own, separated by commas")
     parser.add_argument("--no-editable", action="store_true", help="install a copy instead of linking this checkout")
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)"
-    )
+    parser.add_argument("--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)")
     flags = parser.parse_args(arguments)
     device = plan.choose_device(flags.device, has_cuda)
     wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=not flags.no_editable)
