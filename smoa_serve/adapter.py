@@ -59,8 +59,8 @@ class ModuleUpdate:
         branch_ranks: r_k of each of the K blocks; R = max(r_k, default 0).
         scaling: lora_alpha / r (1.0 when r is 0).
         base: fingerprint of the weight it was trained on; None when the file has none.
-        order_error: expected relative error of the update, sqrt(2 (f_r + f_c)), from positions of the order that are not
-            well determined (see spectral.py); 0.0 for recorded orders and HiRA.
+        order_error: expected relative error of the update, sqrt(2 (f_r + f_c)), from positions of the order that are
+            not well determined (see spectral.py); 0.0 for recorded orders and HiRA.
     """
 
     a: Tensor

@@ -1,7 +1,7 @@
 """Every error smoa-serve raises on purpose.
 
-A user's mistake names the value found, what is allowed and the remedy. Reasons are collected and raised once, so that one
-round of repairs is enough.
+A user's mistake names the value found, what is allowed and the remedy. Reasons are collected and raised once, so that
+one round of repairs is enough.
 """
 
 from collections.abc import Sequence
