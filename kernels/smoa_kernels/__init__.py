@@ -1,1 +1,21 @@
 """Deltas of a mixed batch of SMoA and HiRA adapters."""
+
+from smoa_kernels.bank import LayerBank, SliceUpdate, WeightBlock
+from smoa_kernels.dispatch import available_implementations, default_implementation, smoa_delta
+from smoa_kernels.errors import ImplementationError, KernelError, PlanError, ShapeError, SlotError
+from smoa_kernels.plan import StepPlan
+
+__all__ = [
+    "ImplementationError",
+    "KernelError",
+    "LayerBank",
+    "PlanError",
+    "ShapeError",
+    "SliceUpdate",
+    "SlotError",
+    "StepPlan",
+    "WeightBlock",
+    "available_implementations",
+    "default_implementation",
+    "smoa_delta",
+]

@@ -1,0 +1,201 @@
+"""Every implementation against the reference."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from smoa_kernels import LayerBank, StepPlan, available_implementations, smoa_delta
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE
+from smoa_kernels.reference import smoa_delta_reference
+from smoa_kernels.testing import WORKLOADS, assert_close, random_blocks, random_layer, random_update, workload
+from smoa_kernels.torch_ops import smoa_delta_torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Op = Callable[[torch.Tensor, torch.Tensor, LayerBank, StepPlan], None]
+
+OPS: dict[str, Op] = {
+    "torch": smoa_delta_torch,
+    "torch-expand": partial(smoa_delta_torch, cost=ALWAYS_EXPAND),
+    "torch-modulate": partial(smoa_delta_torch, cost=ALWAYS_MODULATE),
+}
+CASES = [
+    (name, dtype) for name in OPS for dtype in DTYPES if name.split("-")[0] in available_implementations("cpu", dtype)
+]
+every_op = pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(OPS[name], dtype) for name, dtype in CASES],
+    ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in CASES],
+)
+
+
+def fill(bank: LayerBank, slots: dict[int, tuple[int, ...]], generator: torch.Generator) -> None:
+    """Slots with those branch ranks in every slice; one partition per number of blocks."""
+    orders = {
+        (size, len(ranks)): random_blocks(size, len(ranks), generator)
+        for ranks in slots.values()
+        for size in (bank.h_in, *bank.slices)
+    }
+    for slot, ranks in slots.items():
+        cols = orders[bank.h_in, len(ranks)]
+        updates = [random_update(orders[size, len(ranks)], cols, ranks, generator, 0.5) for size in bank.slices]
+        bank.set(slot, updates)
+
+
+def check(op: Op, bank: LayerBank, slots, generator: torch.Generator) -> None:
+    """Compares op with the reference on random x and y; rows without an adapter or beyond the batch keep their bits."""
+    plan = StepPlan(len(slots) + 5, bank.num_slots, "cpu")
+    plan.update(slots)
+    x = torch.randn(len(slots) + 2, bank.h_in, generator=generator).to(bank.dtype)
+    y = torch.randn(len(slots) + 3, bank.h_out, generator=generator).to(bank.dtype)
+    idle = [t for t in range(len(y)) if t >= len(slots) or slots[t] < 0]
+    x[[t for t in idle if t < len(x)]] = torch.nan
+    y[idle[::2]] = torch.nan
+    y[idle[1::2]] = -0.0
+    expected, found = y.clone(), y.clone()
+    smoa_delta_reference(expected, x, bank, plan)
+    op(found, x, bank, plan)
+    used = [t for t in range(len(slots)) if slots[t] >= 0]
+    assert_close(found[used], expected[used])
+    assert torch.equal(found[idle].view(torch.uint8), y[idle].view(torch.uint8))
+
+
+@every_op
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads(op, dtype, name, generator):
+    layer = random_layer(64, (48,), slots=6, max_rank=4, dtype=dtype, generator=generator)
+    fill(layer.bank, dict.fromkeys(range(6), (4, 4, 4, 4)), generator)
+    check(op, layer.bank, workload(name, 24, 6), generator)
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("h_in", "h_out", "ranks"),
+    [
+        (67, 45, (2, 2, 2, 2)),
+        (64, 48, (3, 0, 5, 1)),
+        (40, 24, (8,)),
+        (6, 5, (1,) * 9),
+        (33, 130, (3, 3)),
+        (32, 32, (0, 0)),
+        (1, 1, (1,)),
+    ],
+    ids=["indivisible", "unequal ranks", "K=1", "K above sizes", "three rows of panels", "rank 0", "single numbers"],
+)
+def test_odd_sizes(op, dtype, h_in, h_out, ranks, generator):
+    layer = random_layer(h_in, (h_out,), slots=3, max_rank=8, dtype=dtype, generator=generator)
+    fill(layer.bank, dict.fromkeys(range(3), ranks), generator)
+    check(op, layer.bank, [0, 2, -1, 2, 1, 2], generator)
+
+
+@every_op
+@pytest.mark.parametrize("slots", [[], [-1] * 4, [1], [-1, 1], [0]], ids=["empty", "none", "one", "last", "unset slot"])
+def test_small_batches(op, dtype, slots, generator):
+    layer = random_layer(24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+    fill(layer.bank, {1: (2, 2)}, generator)
+    check(op, layer.bank, slots, generator)
+
+
+@every_op
+def test_several_partitions_and_ranks_at_once(op, dtype, generator):
+    layer = random_layer(64, (48, 16, 16), slots=8, max_rank=8, dtype=dtype, generator=generator)
+    kinds = {0: (4,) * 4, 1: (4,) * 8, 2: (8,), 3: (2, 2), 4: (1,) * 4, 5: (4,) * 4, 6: (0, 3, 1, 0)}
+    fill(layer.bank, kinds, generator)
+    check(op, layer.bank, workload("uniform", 40, 8), generator)
+
+
+@every_op
+def test_slices_that_an_adapter_leaves_alone_keep_their_bits(op, dtype, generator):
+    layer = random_layer(64, (48, 16, 16), slots=3, max_rank=4, dtype=dtype, generator=generator)
+    bank = layer.bank
+    fill(bank, {0: (4, 4), 1: (2, 2, 2, 2), 2: (2, 2)}, generator)
+    cols = random_blocks(64, 2, generator)
+    bank.set(0, [random_update(random_blocks(48, 2, generator), cols, (4, 4), generator), None, None])
+    bank.set(2, [None, None, random_update(random_blocks(16, 2, generator), cols, (4, 4), generator)])
+    check(op, bank, [0, 1, 2, 2, 0], generator)
+    plan = StepPlan(2, 3, "cpu")
+    plan.update([0, 2])
+    x, y = torch.randn(2, 64, generator=generator).to(dtype), torch.full((2, 80), -0.0, dtype=dtype)
+    op(y, x, bank, plan)
+    assert y[0, :48].any()
+    assert y[1, 64:].any()
+    for rest in (y[0, 48:], y[1, :64]):
+        assert torch.equal(rest, torch.zeros_like(rest))
+        assert torch.signbit(rest).all()
+
+
+@every_op
+def test_rows_and_columns_without_a_block_contribute_nothing(op, dtype, generator):
+    layer = random_layer(40, (32,), slots=1, max_rank=4, dtype=dtype, generator=generator)
+    rows, cols = random_blocks(32, 3, generator), random_blocks(40, 3, generator)
+    rows[rows == 1], cols[cols == 0] = 9, 7
+    layer.bank.set(0, [random_update(rows.clamp(max=3), cols.clamp(max=4), (4, 4, 4, 4, 4), generator)])
+    check(op, layer.bank, [0] * 9, generator)
+    plan = StepPlan(1, 1, "cpu")
+    plan.update([0])
+    y = torch.full((1, 32), -0.0, dtype=dtype)
+    op(y, torch.randn(1, 40, generator=generator).to(dtype), layer.bank, plan)
+    assert torch.signbit(y[0, rows != 2]).all()
+
+
+@every_op
+def test_x_and_y_may_be_views_of_wider_tensors(op, dtype, generator):
+    layer = random_layer(24, (16, 8), slots=2, max_rank=4, dtype=dtype, generator=generator)
+    fill(layer.bank, {0: (2, 2), 1: (4,)}, generator)
+    plan = StepPlan(5, 2, "cpu")
+    plan.update([0, 1, -1, 1, 0])
+    wide_x = torch.randn(10, 40, generator=generator).to(dtype)
+    wide_y = torch.randn(10, 30, generator=generator).to(dtype)
+    x, expected, before = wide_x[::2, 3:27], wide_y[::2, 5:29].clone(), wide_y.clone()
+    smoa_delta_reference(expected, x, layer.bank, plan)
+    op(wide_y[::2, 5:29], x, layer.bank, plan)
+    assert_close(wide_y[::2, 5:29], expected)
+    wide_y[::2, 5:29] = before[::2, 5:29]
+    assert torch.equal(wide_y, before)
+
+
+@every_op
+def test_slots_replaced_cleared_and_reloaded(op, dtype, generator):
+    layer = random_layer(32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+    slots = [0, 1, 1, 0]
+    for kinds in ({0: (2, 2)}, {0: (4,), 1: (1, 1)}, {1: (3, 3)}, {0: (2, 2)}):
+        fill(layer.bank, kinds, generator)
+        check(op, layer.bank, slots, generator)
+    layer.bank.clear(0)
+    check(op, layer.bank, slots, generator)
+
+
+@every_op
+def test_one_plan_over_changing_banks(op, dtype, generator):
+    layer = random_layer(32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+    plan = StepPlan(2, 2, "cpu")
+    plan.update([0, 1])
+    x = torch.randn(2, 32, generator=generator).to(dtype)
+    for kinds in ({0: (2, 2)}, {1: (4,)}, {0: (1, 2)}):
+        fill(layer.bank, kinds, generator)
+        found, expected = torch.zeros(2, 24, dtype=dtype), torch.zeros(2, 24, dtype=dtype)
+        op(found, x, layer.bank, plan)
+        smoa_delta_reference(expected, x, layer.bank, plan)
+        assert_close(found, expected)
+
+
+@every_op
+def test_equal_inputs_give_equal_bits(op, dtype, generator):
+    layer = random_layer(64, (48, 16), slots=4, max_rank=4, dtype=dtype, generator=generator)
+    fill(layer.bank, {0: (4, 4), 1: (4,) * 4, 2: (2, 2), 3: (1,)}, generator)
+    plan = StepPlan(30, 4, "cpu")
+    plan.update(workload("uniform", 30, 4))
+    x = torch.randn(30, 64, generator=generator).to(dtype)
+    results = []
+    for _ in range(3):
+        results.append(torch.zeros(30, 64, dtype=dtype))
+        op(results[-1], x, layer.bank, plan)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_default_serves_every_dtype(generator):
+    for dtype in DTYPES:
+        layer = random_layer(24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+        fill(layer.bank, {0: (2, 2), 1: (4,)}, generator)
+        check(smoa_delta, layer.bank, [0, 1, -1, 1], generator)
