@@ -1,0 +1,253 @@
+"""Single weights of a Hugging Face checkpoint: which modules are linear, their bytes, their fingerprints.
+
+Nothing is loaded but what is asked for, one tensor at a time: a 70B base costs no more memory than its largest layer.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .adapter import WeightFingerprint
+from .errors import BaseModelError
+
+logger = logging.getLogger(__name__)
+
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+# Only these families store a linear weight as [H_in, H_out] (transformers' Conv1D).
+CONV1D_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_MODULES = {"c_attn", "q_attn", "c_proj", "c_fc"}
+# A checkpoint saved from the bare backbone leaves this prefix out; adapters always name it.
+BACKBONE_PREFIXES = {
+    "gpt2": "transformer",
+    "bloom": "transformer",
+    "falcon": "transformer",
+    "openai-gpt": "transformer",
+}
+EMBEDDING = re.compile(r"(^|[._])(embed\w*|embeddings?|emb|wte|wpe|shared|relative_attention_bias)$")
+OUTPUT_MODULES = {"lm_head", "embed_out", "output"}
+FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies and what its header says.
+
+    Attributes:
+        name: key in the file.
+        file: the safetensors file.
+        shape: as stored.
+        dtype: safetensors name, e.g. "BF16".
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """The tensor as stored, on the CPU."""
+        with safe_open(self.file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(self.name)
+            return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3", "I64"; only "BOOL" has no number
+        return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
+
+
+class BaseCheckpoint:
+    """A frozen base model on disk. Make one with `BaseCheckpoint.open`.
+
+    Attributes:
+        path: local folder.
+        config: parsed config.json.
+        tensors: every stored tensor by its name in the files.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self._fingerprints: dict[str, WeightFingerprint] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, revision: str | None = None) -> "BaseCheckpoint":
+        """Read the headers of a checkpoint.
+
+        Args:
+            path: local folder with config.json and *.safetensors (one file or sharded), or a hub id, which is looked up
+                in huggingface_hub's cache and, unless HF_HUB_OFFLINE is set, on the hub.
+            revision: of a hub id.
+
+        Raises:
+            BaseModelError: no such model, no safetensors, unreadable or incomplete files.
+        """
+        folder = _resolve(path, revision)
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise BaseModelError(f"base model {str(path)!r}: there is no config.json in {folder}")
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"base model {str(path)!r}: config.json cannot be read: {error}") from error
+        return cls(folder, config, _read_headers(folder))
+
+    @property
+    def is_quantized(self) -> bool:
+        """True when the stored weights are not the float weights an adapter was trained on."""
+        if self.config.get("quantization_config") or self.config.get("compression_config"):
+            return True
+        return any(t.dtype not in FLOAT_DTYPES for t in self._linear.values()) or any(
+            name.endswith((".qweight", ".weight_packed")) for name in self.tensors
+        )
+
+    @property
+    def tied_output(self) -> bool:
+        """True when the output layer shares the embedding's weight, so that it cannot be adapted alone."""
+        text = self.config.get("text_config") or {}
+        stored = any(name.removesuffix(".weight") in OUTPUT_MODULES for name in self.tensors)
+        return bool(self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", not stored)))
+
+    @cached_property
+    def linear_modules(self) -> tuple[str, ...]:
+        """Modules with a 2-D weight of their own: no norms, no embeddings, no tied output layer. In file order."""
+        return tuple(self._linear)
+
+    @cached_property
+    def _linear(self) -> dict[str, StoredTensor]:
+        prefix = self._missing_prefix()
+        found = {}
+        for name, stored in self.tensors.items():
+            module = name.removesuffix(".weight")
+            if module == name or len(stored.shape) != 2:
+                continue
+            if module in OUTPUT_MODULES:
+                if not self.tied_output:
+                    found[module] = stored
+            elif not EMBEDDING.search(module):
+                found[f"{prefix}.{module}" if prefix else module] = stored
+        return found
+
+    def _missing_prefix(self) -> str:
+        prefix = BACKBONE_PREFIXES.get(str(self.config.get("model_type")), "model")
+        bare = any(re.match(r"(layers|h|blocks?)\.\d+\.", name) for name in self.tensors)
+        return prefix if bare else ""
+
+    def stored(self, module: str) -> StoredTensor:
+        """The stored tensor of a linear module.
+
+        Raises:
+            BaseModelError: the base has no such linear module; the text says what is there instead.
+        """
+        if module not in self._linear:
+            raise BaseModelError(f"base model {self.path.name!r}: {self.why_not_linear(module)}")
+        return self._linear[module]
+
+    def why_not_linear(self, module: str) -> str:
+        """Why `module` cannot be adapted, in one sentence without a full stop."""
+        if module in OUTPUT_MODULES and self.tied_output:
+            return f"the output layer {module!r} shares the embedding's weight and cannot be adapted"
+        stored = self.tensors.get(f"{module}.weight")
+        if stored is None:
+            return f"there is no module {module!r} in the base"
+        if EMBEDDING.search(module):
+            return f"{module!r} is an embedding, only linear layers are supported"
+        return f"{module!r} has a weight of shape {list(stored.shape)}, only linear layers are supported"
+
+    def is_transposed(self, module: str) -> bool:
+        """True when the weight is stored [H_in, H_out] (Conv1D)."""
+        conv = self.config.get("model_type") in CONV1D_MODEL_TYPES
+        return conv and module.rpartition(".")[2] in CONV1D_MODULES
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(H_out, H_in)."""
+        rows, cols = self.stored(module).shape
+        return (cols, rows) if self.is_transposed(module) else (rows, cols)
+
+    def weight(self, module: str) -> Tensor:
+        """The weight [H_out, H_in] in its stored dtype; a transposed view for Conv1D."""
+        tensor = self.stored(module).read()
+        return tensor.t() if self.is_transposed(module) else tensor
+
+    def fingerprint(self, module: str) -> WeightFingerprint:
+        """Identity of the stored weight; reads it once."""
+        if module not in self._fingerprints:
+            stored = self.stored(module)
+            dtype = FLOAT_DTYPES.get(stored.dtype, stored.dtype.lower())
+            digest = hashlib.sha256(tensor_bytes(stored.read())).hexdigest()
+            self._fingerprints[module] = WeightFingerprint(self.shape(module), dtype, digest)
+        return self._fingerprints[module]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, row-major, without a copy where it is contiguous."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _resolve(path: str | Path, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            str(path),
+            revision=revision,
+            allow_patterns=DOWNLOAD_PATTERNS,
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+    except HFValidationError as error:
+        raise BaseModelError(f"base model {str(path)!r}: neither a folder nor a model id of the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BaseModelError(
+            f"base model {str(path)!r}: no such folder, and it is not in the local hub cache ({error})"
+        ) from error
+    return Path(found)
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BaseModelError(f"base model {folder}: {index.name} cannot be read: {error}") from error
+        files = sorted({folder / name for name in weight_map.values()})
+    else:
+        weight_map = {}
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"files named by the index are missing: {', '.join(missing)}" if missing else "no *.safetensors file"
+        raise BaseModelError(f"base model {folder}: {what}; only safetensors checkpoints are read")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    view = handle.get_slice(name)
+                    tensors[name] = StoredTensor(name, file, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise BaseModelError(f"base model {folder}: {file.name} cannot be read: {error}") from error
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise BaseModelError(f"base model {folder}: tensors named by the index are missing: {', '.join(absent[:5])}")
+    return tensors

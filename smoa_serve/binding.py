@@ -1,0 +1,43 @@
+"""Every tensor of an adapter against the base: all reasons at once."""
+
+from .adapter import Adapter, ModuleUpdate
+from .base_checkpoint import BaseCheckpoint
+from .errors import AdapterError
+
+
+def check_binding(adapter: Adapter, base: BaseCheckpoint, *, source: object = "in memory") -> None:
+    """Make sure that every module of an adapter has its place in the base, and that it is the base it was made for.
+
+    Args:
+        adapter: complete adapter.
+        base: checkpoint it shall be served on.
+        source: what the user calls the adapter, for the message.
+
+    Raises:
+        AdapterError: with every reason: unknown modules, shapes that do not fit, another base, nothing to bind.
+    """
+    reasons = [reason for name in adapter.modules for reason in _module_reasons(name, adapter.modules[name], base)]
+    if not adapter.modules:
+        reasons.append("it has no factors at all, nothing would be bound")
+    if reasons:
+        raise AdapterError(source, reasons)
+
+
+def _module_reasons(name: str, update: ModuleUpdate, base: BaseCheckpoint) -> list[str]:
+    if name not in base.linear_modules:
+        return [base.why_not_linear(name)]
+    if update.shape != base.shape(name):
+        return [f"{name}: the factors are for a layer of {_by(update.shape)}, the base has {_by(base.shape(name))}"]
+    if update.base is None:
+        return []
+    found = base.fingerprint(name)
+    if update.base.dtype != found.dtype:
+        return [f"{name}: trained on {update.base.dtype} weights, but this base stores {found.dtype}: another base"]
+    if update.base != found:
+        digests = f"{update.base.sha256[:12]}…, this base has {found.sha256[:12]}…"
+        return [f"{name}: trained on another base: its weight has the digest {digests}"]
+    return []
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} × {shape[1]}"

@@ -1,0 +1,25 @@
+"""What a user may say about reading an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an adapter is read.
+
+    Attributes:
+        allow_pickle: read .bin files (through `torch.load(weights_only=True)`).
+        strict_order: refuse an adapter whose spectral order is not fully determined (`order_error` above 0).
+        config_path: adapter_config.json to use instead of the one beside the weights.
+        adapter_name: which adapter of a folder or file that holds several.
+        max_rank: refuse branches of a higher rank (R, not the total rank r).
+        check_device: where the float64 check of an order runs.
+    """
+
+    allow_pickle: bool = False
+    strict_order: bool = False
+    config_path: Path | None = None
+    adapter_name: str | None = None
+    max_rank: int | None = None
+    check_device: str = "cpu"

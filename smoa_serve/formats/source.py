@@ -1,0 +1,120 @@
+"""An adapter on disk before its format is known: its folder, its configuration and its weight file."""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import AdapterError, AdapterNotFoundError
+from .options import LoadOptions
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_FILES = (WEIGHTS_NAME, "adapter_model.bin")
+# What a Trainer leaves: the whole model, adapter tensors among the base's.
+FULL_STATE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one adapter is read from.
+
+    Attributes:
+        name: the path as the user gave it, for messages.
+        folder: where the weight file lies.
+        config: parsed adapter_config.json.
+        weights: the weight file.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, object]
+    weights: Path
+
+    @property
+    def is_full_state(self) -> bool:
+        """True for a Trainer checkpoint: base weights stand beside the adapter's tensors."""
+        return self.weights.name in FULL_STATE_FILES
+
+    def read(self, options: LoadOptions) -> dict[str, Tensor]:
+        """Every tensor of the weight file, on the CPU.
+
+        Raises:
+            AdapterError: a pickle that was not allowed, or a file that cannot be read.
+        """
+        return read_tensors(self.name, self.weights, allow_pickle=options.allow_pickle)
+
+
+def open_source(path: str | Path, options: LoadOptions) -> Source:
+    """Find configuration and weights of an adapter.
+
+    Args:
+        path: adapter folder, Trainer checkpoint folder, or the weight file itself.
+        options: `adapter_name` picks a subfolder of that name where there is one.
+
+    Raises:
+        AdapterNotFoundError: nothing is there.
+        AdapterError: configuration or weights are missing or unreadable.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise AdapterNotFoundError(path, "there is no such file or folder")
+    folder = given if given.is_dir() else given.parent
+    if options.adapter_name and given.is_dir():
+        folder = _named_folder(path, given, options.adapter_name)
+    config_file = options.config_path or folder / CONFIG_NAME
+    config = read_config(path, config_file)
+    weights = given if given.is_file() else _find_weights(path, folder)
+    return Source(str(path), folder, config, weights)
+
+
+def read_config(source: object, file: Path) -> dict[str, object]:
+    """The JSON object in a configuration file."""
+    if not file.is_file():
+        raise AdapterError(source, f"there is no {file}; a Trainer checkpoint has none: give one with --config FILE")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(source, f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(source, f"{file} does not hold a JSON object")
+    return config
+
+
+def read_tensors(source: object, file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """All tensors of a .safetensors or (if allowed) .bin file."""
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(source, f"{file.name} cannot be read: {error}") from error
+    if not allow_pickle:
+        raise AdapterError(
+            source, f"{file.name} is a pickle; allow reading it with --allow-pickle, or convert it to safetensors"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise AdapterError(source, f"{file.name} cannot be read as a dictionary of tensors: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise AdapterError(source, f"{file.name} holds something else than a dictionary of tensors")
+    return dict(state)
+
+
+def _named_folder(source: object, folder: Path, name: str) -> Path:
+    if Path(name).name != name or name == "..":
+        raise AdapterError(source, f"the adapter name {name!r} is no plain name")
+    return folder / name if (folder / name / CONFIG_NAME).is_file() else folder
+
+
+def _find_weights(source: object, folder: Path) -> Path:
+    names = ADAPTER_FILES + FULL_STATE_FILES
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterError(source, f"there is no weight file in {folder}; looked for {', '.join(names)}")

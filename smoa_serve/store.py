@@ -1,0 +1,205 @@
+"""Content-addressed private copies of adapters: one that was accepted once can always be read again.
+
+An entry is a folder `<kind>-<digest>[-<base>]` with adapter_config.json, adapter_model.safetensors (SMoA and HiRA in
+the portable format, LoRA as PEFT writes it, never a pickle) and manifest.json, which holds what is known about the
+adapter and a digest of each file.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+from safetensors.torch import save_file
+
+from .adapter import Adapter, AdapterKind, OrderStatus
+from .base_checkpoint import BaseCheckpoint
+from .errors import AdapterError
+from .formats import LoadOptions, load_adapter, write_portable
+from .formats.config import kind_of
+from .formats.lora import LoraFiles, load_lora
+from .formats.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
+from .order_cache import Progress
+
+logger = logging.getLogger(__name__)
+
+STORE_DIR_ENV = "SMOA_STORE_DIR"
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+DEFAULT = LoadOptions()
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """An accepted adapter and its private copy.
+
+    Attributes:
+        kind: who computes it.
+        digest: sha256 (hex) of everything that changes the maths.
+        path: folder of the private copy.
+        rank: total rank r.
+        max_rank: R, the widest branch: what a slot must hold.
+        num_blocks: K; 1 for HiRA and LoRA.
+        parameters: trainable numbers.
+        nbytes: bytes of the factors and block ids in host memory.
+        order: where the block ids come from; None for LoRA.
+        order_error: worst expected relative error of a layer's update that comes from the order.
+        source: absolute path it was first read from.
+    """
+
+    kind: AdapterKind
+    digest: str
+    path: Path
+    rank: int
+    max_rank: int
+    num_blocks: int
+    parameters: int
+    nbytes: int
+    order: OrderStatus | None
+    order_error: float
+    source: str
+
+
+class AdapterStore:
+    """The private copies of one machine. Safe with several processes.
+
+    Args:
+        root: folder; $SMOA_STORE_DIR or the user's cache folder by default.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        configured = os.environ.get(STORE_DIR_ENV)
+        default = Path(configured) if configured else user_cache_path("smoa-serve", appauthor=False) / "adapters"
+        self.root = (root or default).expanduser().resolve()
+
+    def stage(
+        self,
+        path: str | Path,
+        base: BaseCheckpoint,
+        options: LoadOptions = DEFAULT,
+        *,
+        progress: Progress | None = None,
+    ) -> StagedAdapter:
+        """Read, check and copy an adapter. The same content gives the same entry; an entry gives itself.
+
+        Args:
+            path: adapter as the user names it, or an entry of this store.
+            base: base model it shall be served on.
+            options: see LoadOptions.
+            progress: called while spectral orders are computed.
+
+        Raises:
+            AdapterNotFoundError: nothing is there.
+            AdapterError: with every reason why it cannot be served.
+        """
+        own = Path(path).expanduser().resolve()
+        if own.parent == self.root and self._read_manifest(own) is None:
+            raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
+        source = open_source(path, options)
+        if kind_of(source.name, source.config) is AdapterKind.LORA:
+            files = load_lora(source, base, options)
+            return self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
+        adapter = load_adapter(path, base, options, progress=progress)
+        return self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
+
+    def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
+        """The entry with this content; written when there is none, rebuilt when it is damaged."""
+        folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f".{folder.name}.lock"):
+            found = self._read_manifest(folder)
+            if found is None:
+                if folder.exists():
+                    logger.warning("The private copy %s is damaged and is written again", folder)
+                self._write(folder, staged, write)
+                found = self._read_manifest(folder)
+        if found is None:
+            raise AdapterError(staged.source, f"its private copy {folder} cannot be read right after it was written")
+        return found
+
+    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> None:
+        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".new-"))
+        try:
+            write(temporary)
+            facts = asdict(staged)
+            del facts["path"]
+            files = {name: _file_digest(temporary / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+            manifest = {"version": MANIFEST_VERSION, "files": files, "adapter": facts}
+            (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                damaged = Path(tempfile.mkdtemp(dir=self.root, prefix=".old-"))
+                folder.rename(damaged / folder.name)
+                shutil.rmtree(damaged)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _read_manifest(self, folder: Path) -> StagedAdapter | None:
+        """What the entry holds, or None when it is missing, incomplete or damaged."""
+        try:
+            manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            if manifest["version"] != MANIFEST_VERSION:
+                return None
+            if any(_file_digest(folder / name) != digest for name, digest in manifest["files"].items()):
+                return None
+            facts = manifest["adapter"]
+            kind, order = AdapterKind(facts.pop("kind")), facts.pop("order")
+            return StagedAdapter(kind=kind, order=OrderStatus(order) if order else None, path=folder, **facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.debug("No usable entry at %s: %s", folder, error)
+            return None
+
+
+def _summary(adapter: Adapter, source: Source) -> StagedAdapter:
+    return StagedAdapter(
+        kind=adapter.kind,
+        digest=adapter.digest,
+        path=source.folder,
+        rank=adapter.rank,
+        max_rank=adapter.max_rank,
+        num_blocks=adapter.num_blocks,
+        parameters=adapter.num_parameters,
+        nbytes=adapter.nbytes,
+        order=adapter.order,
+        order_error=adapter.order_error,
+        source=str(source.folder.resolve()),
+    )
+
+
+def _lora_summary(files: LoraFiles, source: Source) -> StagedAdapter:
+    return StagedAdapter(
+        kind=AdapterKind.LORA,
+        digest=files.digest,
+        path=source.folder,
+        rank=files.rank,
+        max_rank=files.rank,
+        num_blocks=1,
+        parameters=sum(t.numel() for t in files.tensors.values()),
+        nbytes=sum(t.nbytes for t in files.tensors.values()),
+        order=None,
+        order_error=0.0,
+        source=str(source.folder.resolve()),
+    )
+
+
+def _base_mark(adapter: Adapter) -> str:
+    """Tells apart equal factors that were made for different bases; empty without fingerprints."""
+    marks = [f"{name}:{m.base.sha256}:{m.base.dtype}" for name, m in sorted(adapter.modules.items()) if m.base]
+    return f"-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:16]}" if marks else ""
+
+
+def _write_lora(files: LoraFiles, folder: Path) -> None:
+    save_file({name: t.contiguous() for name, t in files.tensors.items()}, folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(dict(files.config), indent=2) + "\n", encoding="utf-8")
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
