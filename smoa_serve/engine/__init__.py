@@ -1,0 +1,1 @@
+"""vLLM's worker side: adapters in slots, deltas in the layers."""

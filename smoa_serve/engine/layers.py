@@ -1,0 +1,172 @@
+"""A vLLM LoRA layer that also adds SMoA deltas: its own class with a mixin in front, and one custom op on its output."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from smoa_serve.adapter import ModuleUpdate
+from smoa_serve.engine.weights import ServedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class SmoaLayerWeights:
+    """What an adapter brings to one layer, in the place where vLLM keeps LoRA weights.
+
+    Attributes:
+        lora_a: per packed slice the update in full (unsharded) coordinates, None where the adapter leaves it alone.
+        lora_b: always None; vLLM passes both to `set_lora`.
+    """
+
+    lora_a: tuple[ModuleUpdate | None, ...]
+    lora_b: None = None
+
+
+def layer_key(module_name: str) -> str:
+    """The name under which a layer stands in vLLM's forward context."""
+    return f"{module_name}.smoa"
+
+
+class SmoaLinearMixin:
+    """In front of a `BaseLinearLayerWithLoRA` subclass. `attach` makes an instance one.
+
+    Attributes:
+        smoa_bank: the slots of this layer.
+        smoa_plan: the manager's step plan.
+        smoa_weight: the base weight as served.
+        smoa_key: name in the forward context.
+    """
+
+    smoa_bank: LayerBank
+    smoa_plan: StepPlan
+    smoa_weight: ServedWeight
+    smoa_key: str
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output with LoRA and SMoA deltas: [..., H_out]."""
+        output: Tensor = super().apply(x, bias)  # type: ignore[misc]
+        # The whole output where it is two-dimensional: a mutated view miscompiles under inductor.
+        y = output if output.ndim == 2 else output.view(-1, output.shape[-1])
+        torch.ops.smoa_serve.delta(y, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), self.smoa_key)
+        return output
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Put an adapter into a slot: SMoA into the bank, anything else the way vLLM does."""
+        if lora_b is not None:
+            self.smoa_bank.clear(index)
+            super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
+            return
+        try:
+            self.smoa_bank.set(index, [_shard(self, i, update) for i, update in enumerate(lora_a)])
+        finally:
+            self.smoa_weight.close()
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a slot."""
+        self.smoa_bank.clear(index)
+        super().reset_lora(index)  # type: ignore[misc]
+
+
+def _shard(layer: Any, index: int, update: ModuleUpdate | None) -> SliceUpdate | None:
+    """This rank's part of an update, cut by the layer's own LoRA slicing; block ids are cut like factors of rank 1."""
+    if update is None:
+        return None
+    a, b = update.a, update.b
+    rows, cols = update.row_block[:, None], update.col_block[None, :]
+    if layer.tp_size > 1:
+        packed = layer.n_slices > 1
+        a, cols = (_cut(layer.slice_lora_a, t, index, layer.n_slices, packed) for t in (a, cols))
+        b, rows = (_cut(layer.slice_lora_b, t, index, layer.n_slices, packed) for t in (b, rows))
+    return SliceUpdate(
+        a=a, b=b, row_block=rows[:, 0].contiguous(), col_block=cols[0].contiguous(), scaling=update.scaling
+    )
+
+
+def _cut(slice_fn: Any, tensor: Tensor, index: int, n_slices: int, packed: bool) -> Tensor:
+    if not packed:
+        cut: Tensor = slice_fn(tensor)
+        return cut
+    wanted: list[Tensor | None] = [None] * n_slices
+    wanted[index] = tensor
+    part: Tensor = slice_fn(wanted)[index]
+    return part
+
+
+@cache
+def _smoa_class(cls: type) -> type:
+    return type(f"Smoa{cls.__name__}", (SmoaLinearMixin, cls), {})
+
+
+def slice_sizes(layer: BaseLinearLayerWithLoRA) -> tuple[int, ...]:
+    """Rows of each packed slice on this rank."""
+    return tuple(int(stacked.shape[2]) for stacked in layer.lora_b_stacked)
+
+
+def attach(
+    layer: BaseLinearLayerWithLoRA, module_name: str, plan: StepPlan, num_slots: int, dtype: torch.dtype
+) -> SmoaLinearMixin:
+    """Turn a wrapped layer into one that adds SMoA deltas. The slots' memory is vLLM's own LoRA buffers.
+
+    A slot holds either LoRA factors or SMoA factors; the two per-step maps never send a token to both.
+    """
+    sizes, columns = slice_sizes(layer), int(layer.lora_a_stacked[0].shape[-1])
+    layer.__class__ = _smoa_class(type(layer))
+    layer.smoa_weight = ServedWeight(layer.base_layer, sizes, columns, dtype)
+    layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
+    layer.smoa_bank = LayerBank(
+        a=[_slots(stacked, num_slots) for stacked in layer.lora_a_stacked],
+        b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
+        weight_block=layer.smoa_weight.block,
+    )
+    return layer
+
+
+def _slots(stacked: Tensor, num_slots: int) -> Tensor:
+    return stacked[:num_slots, 0]
+
+
+def add_empty_slot(layer: Any) -> None:
+    """Give a layer's LoRA B one more slot that stays zero.
+
+    vLLM's CPU kernels index the slots with -1 for tokens without an adapter, which is the LAST slot: once it is in use,
+    base tokens would get that adapter.
+    """
+    stacked: Sequence[Tensor] | Tensor = layer.lora_b_stacked
+    if isinstance(stacked, Tensor):
+        layer.lora_b_stacked = _with_empty_slot(stacked)
+    else:
+        layer.lora_b_stacked = tuple(_with_empty_slot(tensor) for tensor in stacked)
+
+
+def _with_empty_slot(tensor: Tensor) -> Tensor:
+    return torch.zeros((tensor.shape[0] + 1, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+
+
+def _delta(y: Tensor, x: Tensor, layer_name: str) -> None:
+    layer = get_forward_context().no_compile_layers[layer_name]
+    smoa_delta(y, x, layer.smoa_bank, layer.smoa_plan)
+
+
+def _delta_fake(y: Tensor, x: Tensor, layer_name: str) -> None:
+    return None
+
+
+def register_op() -> None:
+    """Register `torch.ops.smoa_serve.delta`, once per process."""
+    library = torch.library.Library("smoa_serve", "FRAGMENT")
+    direct_register_custom_op(
+        op_name="delta", op_func=_delta, mutates_args=["y"], fake_impl=_delta_fake, target_lib=library
+    )
+    _LIBRARIES.append(library)
+
+
+# A torch Library unregisters its operators when it is collected.
+_LIBRARIES: list[torch.library.Library] = []
+register_op()

@@ -1,0 +1,83 @@
+"""The base weight of a wrapped layer, as it is served on this rank."""
+
+import torch
+from torch import Tensor, nn
+
+from smoa_serve.errors import BaseModelError
+
+# Columns recovered at a time: bounds the identity matrix and its product.
+CHUNK_COLUMNS = 2048
+
+
+class ServedWeight:
+    """Reads blocks of one rank's part of a linear layer's weight.
+
+    vLLM's CPU layers repack the weight and drop the original; it is recovered by multiplying unit vectors, which is exact
+    (one product per output, the rest zeros). The recovered matrix lives only from `open` to `close`.
+
+    Args:
+        base_layer: vLLM's linear layer.
+        slice_sizes: rows of each packed slice on this rank.
+        columns: input columns on this rank.
+        dtype: the model's dtype.
+    """
+
+    def __init__(self, base_layer: nn.Module, slice_sizes: tuple[int, ...], columns: int, dtype: torch.dtype) -> None:
+        self._layer = base_layer
+        self._columns = columns
+        self._offsets = [sum(slice_sizes[:index]) for index in range(len(slice_sizes))]
+        self._sizes = slice_sizes
+        self._dtype = dtype
+        self._recovered: Tensor | None = None
+
+    def refusal(self) -> str | None:
+        """Why this layer's weight cannot be read, None when it can."""
+        method = type(self._layer.quant_method).__name__
+        if "Unquantized" not in method:
+            return f"the base weight is quantized ({method}); SMoA and HiRA need an unquantized base"
+        return None
+
+    def block(self, index: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """W[rows][:, cols] of slice `index`.
+
+        Args:
+            index: which packed slice.
+            rows: int64 [m], rows of that slice on this rank.
+            cols: int64 [n], input columns on this rank.
+
+        Returns:
+            [m, n] in the model's dtype, contiguous, on the device.
+        """
+        weight = self._full()
+        start = self._offsets[index]
+        part = weight[start : start + self._sizes[index]]
+        return part.index_select(0, rows).index_select(1, cols)
+
+    def close(self) -> None:
+        """Give the recovered matrix back."""
+        self._recovered = None
+
+    def _full(self) -> Tensor:
+        weight = getattr(self._layer, "weight", None)
+        rows, columns = sum(self._sizes), self._columns
+        if isinstance(weight, Tensor) and tuple(weight.shape) == (rows, columns) and weight.device.type != "cpu":
+            return weight.detach()
+        if self._recovered is None:
+            self._recovered = self._recover(rows, columns)
+        return self._recovered
+
+    @torch.inference_mode()
+    def _recover(self, rows: int, columns: int) -> Tensor:
+        device = next((p.device for p in self._layer.parameters()), torch.device("cpu"))
+        recovered = torch.empty(rows, columns, dtype=self._dtype, device=device)
+        for start in range(0, columns, CHUNK_COLUMNS):
+            end = min(start + CHUNK_COLUMNS, columns)
+            unit = torch.zeros(end - start, columns, dtype=self._dtype, device=device)
+            unit[torch.arange(end - start), torch.arange(start, end)] = 1
+            product = self._layer.quant_method.apply(self._layer, unit, None)
+            if product.shape != (end - start, rows):
+                raise BaseModelError(
+                    f"a base layer of {rows}x{columns} gave {tuple(product.shape)} for {end - start} unit vectors"
+                )
+            recovered[:, start:end] = product.t()
+        return recovered

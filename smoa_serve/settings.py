@@ -1,0 +1,58 @@
+"""What the environment says to the plugin: the same in the API server, the engine core and every worker."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from smoa_serve.errors import ConfigError
+
+_VARIABLES = {
+    "adapter_roots": "SMOA_ADAPTER_ROOTS",
+    "allow_pickle": "SMOA_ALLOW_PICKLE",
+    "strict_order": "SMOA_STRICT_ORDER",
+    "allow_hub": "SMOA_ALLOW_HUB",
+    "required": "SMOA_SERVE_REQUIRED",
+}
+
+
+class Settings(BaseModel):
+    """Settings that plain `vllm serve` takes from the environment and `smoa-serve serve` sets from its flags.
+
+    Attributes:
+        adapter_roots: folders that adapters loaded over HTTP must lie in; none = nothing can be loaded over HTTP.
+        allow_pickle: read `.bin` files (with `weights_only=True`).
+        strict_order: refuse published files whose spectral order is not well determined.
+        allow_hub: let HTTP loads name a repository of the Hugging Face hub.
+        required: the server must not start unless every process has this plugin.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter_roots: tuple[Path, ...] = Field(default=())
+    allow_pickle: bool = False
+    strict_order: bool = False
+    allow_hub: bool = False
+    required: bool = False
+
+    @field_validator("adapter_roots", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the variables named SMOA_*.
+
+        Raises:
+            ConfigError: a value cannot be used; names the variable, what was found and what is allowed.
+        """
+        given = {field: environment[name] for field, name in _VARIABLES.items() if environment.get(name)}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            reasons = [
+                f"{_VARIABLES[str(e['loc'][0])]}={given[str(e['loc'][0])]!r}: {e['msg']}" for e in error.errors()
+            ]
+            raise ConfigError("the environment cannot be used: " + "; ".join(reasons)) from None
