@@ -5,23 +5,17 @@ Nothing is loaded but what is asked for, one tensor at a time: a 70B base costs 
 
 import hashlib
 import json
-import logging
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter import WeightFingerprint
 from .errors import BaseModelError
-
-logger = logging.getLogger(__name__)
+from .stored_tensors import FLOAT_DTYPES, StoredTensor, read_headers, tensor_bytes
 
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 # Only these families store a linear weight as [H_in, H_out] (transformers' Conv1D).
@@ -36,36 +30,6 @@ BACKBONE_PREFIXES = {
 }
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|embeddings?|emb|wte|wpe|shared|relative_attention_bias)$")
 OUTPUT_MODULES = {"lm_head", "embed_out", "output"}
-FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies and what its header says.
-
-    Attributes:
-        name: key in the file.
-        file: the safetensors file.
-        shape: as stored.
-        dtype: safetensors name, e.g. "BF16".
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self) -> Tensor:
-        """The tensor as stored, on the CPU."""
-        with safe_open(self.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(self.name)
-            return tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file."""
-        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3", "I64"; only "BOOL" has no number
-        return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
 
 
 class BaseCheckpoint:
@@ -103,7 +67,7 @@ class BaseCheckpoint:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BaseModelError(f"base model {str(path)!r}: config.json cannot be read: {error}") from error
-        return cls(folder, config, _read_headers(folder))
+        return cls(folder, config, read_headers(folder))
 
     @property
     def is_quantized(self) -> bool:
@@ -192,14 +156,6 @@ class BaseCheckpoint:
         return self._fingerprints[module]
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, row-major, without a copy where it is contiguous."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _resolve(path: str | Path, revision: str | None) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -221,33 +177,3 @@ def _resolve(path: str | Path, revision: str | None) -> Path:
             f"base model {str(path)!r}: no such folder, and it is not in the local hub cache ({error})"
         ) from error
     return Path(found)
-
-
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseModelError(f"base model {folder}: {index.name} cannot be read: {error}") from error
-        files = sorted({folder / name for name in weight_map.values()})
-    else:
-        weight_map = {}
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        what = f"files named by the index are missing: {', '.join(missing)}" if missing else "no *.safetensors file"
-        raise BaseModelError(f"base model {folder}: {what}; only safetensors checkpoints are read")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                    view = handle.get_slice(name)
-                    tensors[name] = StoredTensor(name, file, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise BaseModelError(f"base model {folder}: {file.name} cannot be read: {error}") from error
-    absent = sorted(set(weight_map) - set(tensors))
-    if absent:
-        raise BaseModelError(f"base model {folder}: tensors named by the index are missing: {', '.join(absent[:5])}")
-    return tensors

@@ -109,6 +109,11 @@ class AdapterStore:
         adapter = load_adapter(path, base, options, progress=progress)
         return self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
 
+    def entry(self, path: str | Path) -> StagedAdapter | None:
+        """What is known about a private copy; None when `path` is no intact entry of this store."""
+        own = Path(path).expanduser().resolve()
+        return self._read_manifest(own) if own.parent == self.root else None
+
     def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
         """The entry with this content; written when there is none, rebuilt when it is damaged."""
         folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"

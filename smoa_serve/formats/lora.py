@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..base_checkpoint import BaseCheckpoint, tensor_bytes
+from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError
+from ..stored_tensors import tensor_bytes
 from .config import HARMLESS
 from .factor_keys import HIRA_KEY, LORA_KEY, PREFIX, SMOA_KEY, tensor_reasons
 from .options import LoadOptions

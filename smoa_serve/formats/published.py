@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from ..base_checkpoint import BaseCheckpoint, tensor_bytes
+from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError
 from ..order_cache import OrderCache, Progress
 from ..spectral import SpectralOrder
+from ..stored_tensors import tensor_bytes
 from .canonical import Factors, branch_ranks, canonical_update, factor_reasons
 from .config import PublishedConfig, parse_config
 from .factor_keys import SMOA_KEY, foreign_reasons, pick_adapter, sort_tensors

@@ -1,0 +1,216 @@
+"""What `smoa-serve inspect` and `verify` tell about an adapter, with or without its base."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .adapter import Adapter, AdapterKind
+from .base_checkpoint import BaseCheckpoint
+from .errors import AdapterError
+from .formats import LoadOptions, load_adapter
+from .formats.config import is_portable, kind_of
+from .formats.factor_keys import SMOA_KEY, pick_adapter, sort_tensors
+from .formats.lora import load_lora
+from .formats.source import Source, open_source
+from .order_cache import Progress
+
+DEFAULT = LoadOptions()
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted layer.
+
+    Attributes:
+        name: module path.
+        shape: (H_out, H_in); None while only the base could tell.
+        branch_ranks: rank of each block.
+        order_error: expected relative error of the update that comes from the order; None while it is not known.
+    """
+
+    name: str
+    shape: tuple[int, int] | None
+    branch_ranks: tuple[int, ...]
+    order_error: float | None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Everything that is known about an adapter.
+
+    Attributes:
+        path: as given.
+        kind: what computes it.
+        format: "published", "portable", "hira" or "lora": the file format.
+        config: adapter_config.json as read.
+        parameters: trainable numbers.
+        factor_bytes: bytes of the factors (and block ids) in memory.
+        file_bytes: size of the weight file.
+        digest: identity of its content; None for a published adapter without its base.
+        rank: total rank r.
+        num_blocks: K.
+        max_rank: widest branch: what a slot must hold.
+        order: where the block ids come from.
+        order_error: worst of the modules'; None while it is not known.
+        base_matches: whether it fits the base given; None without one.
+        problems: every reason why it does not.
+        modules: adapted layers.
+    """
+
+    path: str
+    kind: AdapterKind
+    format: str
+    config: dict[str, object]
+    parameters: int
+    factor_bytes: int
+    file_bytes: int
+    digest: str | None = None
+    rank: int | None = None
+    num_blocks: int | None = None
+    max_rank: int | None = None
+    order: str | None = None
+    order_error: float | None = None
+    base_matches: bool | None = None
+    problems: list[str] = field(default_factory=list)
+    modules: list[ModuleReport] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def inspect_adapter(
+    path: str | Path,
+    base: BaseCheckpoint | None = None,
+    options: LoadOptions = DEFAULT,
+    *,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """Look at an adapter without serving it.
+
+    Args:
+        path: adapter as the user names it.
+        base: when given, orders are computed and every tensor is bound; what does not fit is reported, not raised.
+        options: see LoadOptions.
+        progress: called while spectral orders are computed.
+
+    Raises:
+        AdapterError: the file itself cannot be read.
+    """
+    source = open_source(path, options)
+    kind = kind_of(source.name, source.config)
+    if kind is AdapterKind.LORA:
+        return _lora(source, base, options)
+    problems: list[str] = []
+    if base is not None:
+        try:
+            adapter = load_adapter(path, base, options, progress=progress)
+            return _canonical(source, adapter, base_matches=True, problems=[])
+        except AdapterError as error:
+            problems = error.reasons
+    matches = None if base is None else False
+    if kind is AdapterKind.SMOA and not is_portable(source.config):
+        return _published(source, options, base_matches=matches, problems=problems)
+    return _canonical(source, load_adapter(path, None, options), base_matches=matches, problems=problems)
+
+
+def verify_adapter(
+    path: str | Path,
+    base: BaseCheckpoint,
+    options: LoadOptions = DEFAULT,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Bind every tensor of an adapter against its base, as a server would.
+
+    Returns:
+        The number of layers bound.
+
+    Raises:
+        AdapterError: with every reason why it cannot be served.
+    """
+    source = open_source(path, options)
+    if kind_of(source.name, source.config) is AdapterKind.LORA:
+        return len(load_lora(source, base, options).factors())
+    return len(load_adapter(path, base, options, progress=progress).modules)
+
+
+def _canonical(source: Source, adapter: Adapter, *, base_matches: bool | None, problems: list[str]) -> AdapterReport:
+    hira = adapter.kind is AdapterKind.HIRA
+    published = "hira" if hira else "published"
+    return AdapterReport(
+        path=source.name,
+        kind=adapter.kind,
+        format="portable" if is_portable(source.config) else published,
+        config=source.config,
+        parameters=adapter.num_parameters,
+        factor_bytes=adapter.nbytes,
+        file_bytes=source.weights.stat().st_size,
+        digest=adapter.digest,
+        rank=adapter.rank,
+        num_blocks=adapter.num_blocks,
+        max_rank=adapter.max_rank,
+        order=adapter.order.value,
+        order_error=adapter.order_error,
+        base_matches=base_matches,
+        problems=problems,
+        modules=[
+            ModuleReport(name, update.shape, update.branch_ranks, update.order_error)
+            for name, update in adapter.modules.items()
+        ],
+    )
+
+
+def _published(
+    source: Source, options: LoadOptions, *, base_matches: bool | None, problems: list[str]
+) -> AdapterReport:
+    """A published adapter without a base that fits: only what the tensors themselves tell."""
+    modules = pick_adapter(source, sort_tensors(source.read(options), SMOA_KEY), options.adapter_name)
+    reports = []
+    for name, factors in modules.items():
+        ranks = {k: t.shape[0] for (side, k), t in factors.items() if side == "A"}
+        reports.append(
+            ModuleReport(name, None, tuple(ranks.get(k, 0) for k in range(max(ranks, default=-1) + 1)), None)
+        )
+    tensors = [t for factors in modules.values() for t in factors.values()]
+    return AdapterReport(
+        path=source.name,
+        kind=AdapterKind.SMOA,
+        format="published",
+        config=source.config,
+        parameters=sum(t.numel() for t in tensors),
+        factor_bytes=sum(t.nbytes for t in tensors),
+        file_bytes=source.weights.stat().st_size,
+        max_rank=max((max(report.branch_ranks, default=0) for report in reports), default=0),
+        base_matches=base_matches,
+        problems=problems,
+        modules=reports,
+    )
+
+
+def _lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions) -> AdapterReport:
+    problems: list[str] = []
+    files = load_lora(source, None, options)
+    if base is not None:
+        try:
+            load_lora(source, base, options)
+        except AdapterError as error:
+            problems = error.reasons
+    tensors = files.tensors.values()
+    return AdapterReport(
+        path=source.name,
+        kind=AdapterKind.LORA,
+        format="lora",
+        config=source.config,
+        parameters=sum(t.numel() for t in tensors),
+        factor_bytes=sum(t.nbytes for t in tensors),
+        file_bytes=source.weights.stat().st_size,
+        digest=files.digest,
+        rank=files.rank,
+        num_blocks=1,
+        max_rank=files.rank,
+        base_matches=None if base is None else not problems,
+        problems=problems,
+        modules=[
+            ModuleReport(name, (b.shape[0], a.shape[1]), (a.shape[0],), 0.0) for name, (a, b) in files.factors().items()
+        ],
+    )

@@ -1,0 +1,174 @@
+"""What `smoa-serve merge` does: base + adapter → an ordinary Hugging Face checkpoint, one tensor at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapter import AdapterKind
+from .base_checkpoint import BaseCheckpoint
+from .errors import AdapterError, BaseModelError
+from .formats import LoadOptions, load_adapter
+from .formats.config import kind_of
+from .formats.lora import LoraFiles, load_lora
+from .formats.source import Source, open_source
+from .order_cache import Progress
+from .output_folder import new_folder
+from .stored_tensors import StoredTensor
+
+DEFAULT = LoadOptions()
+SHARD_BYTES = 512 * 2**20  # what is held in memory at once, unless a single tensor is larger
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
+# LoRA settings that give another formula than W + alpha / r * B A.
+LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
+
+Delta = Callable[[Tensor], Tensor]
+"""Weight [H_out, H_in] → its update [H_out, H_in], float32."""
+
+
+def load_deltas(
+    path: str | Path, base: BaseCheckpoint, options: LoadOptions = DEFAULT, *, progress: Progress | None = None
+) -> dict[str, Delta]:
+    """The dense update of every module of an adapter, as functions of the weight.
+
+    Args:
+        path: SMoA, HiRA or plain LoRA adapter.
+        base: base model it was trained on.
+        options: see LoadOptions.
+        progress: called while spectral orders are computed.
+
+    Raises:
+        AdapterError: it cannot be read, does not fit, or is a LoRA variant with another formula.
+    """
+    source = open_source(path, options)
+    if kind_of(source.name, source.config) is AdapterKind.LORA:
+        return _lora_deltas(source, load_lora(source, base, options), base)
+    adapter = load_adapter(path, base, options, progress=progress)
+    return {name: update.dense for name, update in adapter.modules.items()}
+
+
+def merge(
+    base: BaseCheckpoint,
+    deltas: Mapping[str, Delta],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Write base + update as a checkpoint of its own. Memory is bounded by one shard and one layer's update.
+
+    Args:
+        base: base model.
+        deltas: from `load_deltas`.
+        out: new or empty folder.
+        dtype: "float32", "bfloat16" or "float16" for every float tensor; as stored by default. The sum is formed in
+            float32 and rounded once.
+        shard_bytes: size of the files written.
+        progress: called as (tensor, bytes done, bytes in all).
+
+    Raises:
+        BaseModelError: the base is quantized.
+        ConfigError: `out` is in use.
+    """
+    if base.is_quantized:
+        raise BaseModelError(f"base model {base.path.name!r} is quantized: merge into the original weights")
+    updates = {base.stored(name).name: (name, delta) for name, delta in deltas.items()}
+    with new_folder(out) as folder:
+        _write_tensors(base, updates, folder, dtype, shard_bytes, progress)
+        _copy_companions(base.path, folder)
+        _write_config(base, folder, dtype)
+    return Path(out)
+
+
+def _lora_deltas(source: Source, files: LoraFiles, base: BaseCheckpoint) -> dict[str, Delta]:
+    config = files.config
+    reasons = [f"LoRA with {key} cannot be merged here; use peft" for key in LORA_VARIANTS if config.get(key)]
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        reasons.append("LoRA with trained biases cannot be merged here; use peft")
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        reasons.append(f"lora_alpha is {alpha!r} and r is {rank!r}, expected numbers")
+    factors = files.factors()
+    reasons += [base.why_not_linear(name) for name in factors if name not in base.linear_modules]
+    odd = sorted(name for name in files.tensors if ".lora_A." not in name and ".lora_B." not in name)
+    reasons += [f"{name} is no factor of a linear layer" for name in odd]
+    if reasons:
+        raise AdapterError(source.name, reasons)
+    scale = float(str(alpha)) / int(str(rank))
+
+    def delta_of(a: Tensor, b: Tensor) -> Delta:
+        return lambda weight: scale * (b.float() @ a.float())
+
+    return {name: delta_of(a, b) for name, (a, b) in factors.items()}
+
+
+def _write_tensors(
+    base: BaseCheckpoint,
+    updates: Mapping[str, tuple[str, Delta]],
+    folder: Path,
+    dtype: str | None,
+    shard_bytes: int,
+    progress: Progress | None,
+) -> None:
+    def size(stored: StoredTensor) -> int:
+        converted = dtype is not None and stored.is_float
+        return stored.numel * getattr(torch, str(dtype)).itemsize if converted else stored.nbytes
+
+    plan = split_state_dict_into_shards_factory(
+        dict(base.tensors),
+        get_storage_size=size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    total = sum(size(stored) for stored in base.tensors.values())
+    done = 0
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            if progress:
+                progress(name, done, total)
+            tensors[name] = _merged(base, base.tensors[name], updates.get(name), dtype)
+            done += size(base.tensors[name])
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if progress:
+        progress("", total, total)
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(base: BaseCheckpoint, stored: StoredTensor, update: tuple[str, Delta] | None, dtype: str | None) -> Tensor:
+    tensor = stored.read()
+    target = getattr(torch, dtype) if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if update is None:
+        return tensor.to(target)
+    module, delta = update
+    transposed = base.is_transposed(module)
+    weight = tensor.t() if transposed else tensor
+    merged = delta(weight).add_(weight)
+    return (merged.t() if transposed else merged).to(target).contiguous()
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation and code files: everything at the top level that is no weight and no config.json."""
+    for file in source.iterdir():
+        weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not weight and not file.name.startswith(".") and file.name != "config.json":
+            shutil.copy(file, folder / file.name)
+
+
+def _write_config(base: BaseCheckpoint, folder: Path, dtype: str | None) -> None:
+    config = dict(base.config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+        for key, value in config.items():
+            if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+                config[key] = {k: v for k, v in value.items() if k != "torch_dtype"} | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
