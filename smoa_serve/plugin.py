@@ -1,7 +1,7 @@
 """The `vllm.general_plugins` entry point: enters vLLM in every process.
 
-Nothing of vLLM is imported here. Each seam is replaced right after vLLM first imports its module, so that the order of
-vLLM's own imports stays as it is; a seam that cannot be replaced fails that import, and with it the start of the server.
+Nothing of vLLM is imported here. Each seam is replaced right after vLLM first imports its module, so that the order
+of vLLM's own imports stays as it is; a seam that cannot be replaced fails that import, and with it the start.
 """
 
 import logging
@@ -13,14 +13,22 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Arrange the three replacements. Safe to call more than once."""
+    """Arrange the replacements. Safe to call more than once."""
     for module, hook in _HOOKS.items():
         if module not in _registered:
             _registered.add(module)
             wrapt.register_post_import_hook(hook, module)
 
 
+def _share_logging() -> None:
+    """Send this project's log lines where vLLM's go, once vLLM has set itself up."""
+    ours, theirs = logging.getLogger("smoa_serve"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers, ours.level, ours.propagate = list(theirs.handlers), theirs.level, theirs.propagate
+
+
 def _enter_worker_manager(module: ModuleType) -> None:
+    _share_logging()
     from smoa_serve.engine.seams import check_worker_seams
     from smoa_serve.engine.worker_manager import SmoaWorkerManager
 
@@ -35,15 +43,24 @@ def _enter_worker(module: ModuleType) -> None:
     module.WorkerBase.smoa_status = rpc.smoa_status
 
 
-def _enter_serving_models(module: ModuleType) -> None:
-    from smoa_serve.http.serving_models import SmoaServingModels
+def _enter_async_engine(module: ModuleType) -> None:
+    from smoa_serve.http.counting import count_requests
 
-    module.OpenAIServingModels = SmoaServingModels  # type: ignore[attr-defined]
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", count_requests)
+
+
+def _enter_serving_models(module: ModuleType) -> None:
+    # By then the API server holds references to the class, so its instances are turned instead of the name rebound.
+    _share_logging()
+    from smoa_serve.http.serving_models import enter
+
+    wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", enter)
 
 
 _registered: set[str] = set()
 _HOOKS = {
     "vllm.v1.worker.lora_model_runner_mixin": _enter_worker_manager,
     "vllm.v1.worker.worker_base": _enter_worker,
+    "vllm.v1.engine.async_llm": _enter_async_engine,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
 }

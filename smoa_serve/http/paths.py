@@ -1,0 +1,56 @@
+"""Where an adapter named over HTTP may lie."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from smoa_serve.errors import AdapterNotFoundError, PathNotAllowedError
+
+
+def confine(path: str, roots: Sequence[Path]) -> Path:
+    """The folder that `path` means, inside one of the roots.
+
+    Args:
+        path: absolute, or relative to a root.
+        roots: folders configured by the operator.
+
+    Raises:
+        PathNotAllowedError: no roots are configured, or the path (links followed) leaves them. Whether something exists
+            outside the roots is not revealed.
+        AdapterNotFoundError: it lies inside, but there is nothing.
+    """
+    if not roots:
+        raise PathNotAllowedError(
+            "adapters cannot be loaded over HTTP: no folder is configured for it. Start the server with "
+            "--adapters-root DIR (or SMOA_ADAPTER_ROOTS)."
+        )
+    given = Path(path)
+    inside = []
+    for root in (root.expanduser().resolve() for root in roots):
+        real = (given if given.is_absolute() else root / given).resolve()
+        if real.is_relative_to(root) and ".." not in given.parts:
+            inside.append(real)
+    if not inside:
+        raise PathNotAllowedError(
+            f"the adapter path {path!r} lies outside the configured folders; give a path below one of them, "
+            "absolute or relative to it, without '..' and without links that lead out"
+        )
+    found = next((real for real in inside if real.exists()), None)
+    if found is None:
+        raise AdapterNotFoundError(path, "there is nothing at this path")
+    return found
+
+
+def download(repository: str) -> Path:
+    """A snapshot of a hub repository's adapter files, in the hub's own cache.
+
+    Raises:
+        AdapterNotFoundError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["adapter_config.json", "*.safetensors", "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"it is no folder here, and the hub gave none: {str(error).splitlines()[0]}"
+        raise AdapterNotFoundError(repository, reason) from None

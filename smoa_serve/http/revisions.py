@@ -1,0 +1,52 @@
+"""Revisions: a name that users see, and the content behind it.
+
+The engine knows an adapter as `<name>@<digest>`. Everything that vLLM keys by an adapter's name (prefix cache, batches,
+statistics) is thereby keyed by content.
+"""
+
+import re
+from dataclasses import dataclass
+
+from smoa_serve.store import StagedAdapter
+
+_DIGEST_LENGTH = 16
+_ENGINE_NAME = re.compile(rf"(.+)@[0-9a-f]{{{_DIGEST_LENGTH}}}", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,255}")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One content of one adapter name.
+
+    Attributes:
+        name: what users put into `model`.
+        lora_int_id: the engine's number for it, never used twice.
+        staged: what was read and where its private copy lies.
+        requested_path: the path as the user gave it.
+    """
+
+    name: str
+    lora_int_id: int
+    staged: StagedAdapter
+    requested_path: str
+
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls it."""
+        return f"{self.name}@{self.staged.digest[:_DIGEST_LENGTH]}"
+
+
+def visible_name(engine_name: str) -> str:
+    """The name that users know, from the engine's."""
+    match = _ENGINE_NAME.fullmatch(engine_name)
+    return match[1] if match else engine_name
+
+
+def name_reason(name: str) -> str | None:
+    """Why a name cannot be an adapter's, None when it can."""
+    if not _NAME.fullmatch(name):
+        return (
+            f"the adapter name {name!r} cannot be used; allowed are up to 256 letters, digits and . _ : / - "
+            "beginning with a letter or digit"
+        )
+    return None

@@ -1,0 +1,212 @@
+"""vLLM's registry of served models, with adapters as content-addressed revisions."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.openai.models import serving as vllm_serving
+from vllm.lora.request import LoRARequest
+
+from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    CompatibilityError,
+    ConfigError,
+    PathNotAllowedError,
+    SmoaError,
+)
+from smoa_serve.formats import LoadOptions
+from smoa_serve.http.counting import in_flight
+from smoa_serve.http.paths import confine, download
+from smoa_serve.http.revisions import Revision, name_reason, visible_name
+from smoa_serve.settings import Settings
+from smoa_serve.store import AdapterStore, StagedAdapter
+
+logger = logging.getLogger(__name__)
+ErrorResponse = vllm_serving.ErrorResponse
+
+_STATUS = {
+    AdapterNotFoundError: HTTPStatus.NOT_FOUND,
+    AdapterError: HTTPStatus.BAD_REQUEST,
+    PathNotAllowedError: HTTPStatus.FORBIDDEN,
+    SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+_DRAIN_POLL_S = 0.2
+
+
+class SmoaServingModels(vllm_serving.OpenAIServingModels):
+    """Maps a model name to the revision that answers new requests.
+
+    Attributes:
+        revisions: name -> the current revision.
+    """
+
+    revisions: dict[str, Revision]
+
+    def begin(self) -> None:
+        """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
+        self.revisions = {}
+        self._settings = Settings.from_environment()
+        self._store = AdapterStore()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @cached_property
+    def _base(self) -> BaseCheckpoint:
+        return BaseCheckpoint.open(self.model_config.model, revision=self.model_config.revision)
+
+    @property
+    def _options(self) -> LoadOptions:
+        lora_config = self.engine_client.vllm_config.lora_config
+        return LoadOptions(
+            allow_pickle=self._settings.allow_pickle,
+            strict_order=self._settings.strict_order,
+            max_rank=lora_config.max_lora_rank if lora_config is not None else None,
+        )
+
+    async def init_static_loras(self) -> None:
+        """Check the workers, then load the adapters named at start-up (trusted paths).
+
+        Raises:
+            CompatibilityError: a worker runs without the plugin.
+            AdapterError: an adapter was refused.
+        """
+        await self._check_workers()
+        for module in self.static_lora_modules or []:
+            if self.is_base_model(module.name) or module.name in self.revisions:
+                raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")
+            path = Path(module.path) if Path(module.path).exists() else await asyncio.to_thread(download, module.path)
+            await self._load(module.name, path, module.path, module.base_model_name)
+
+    async def _check_workers(self) -> None:
+        if self.engine_client.vllm_config.lora_config is None:
+            if self._settings.required:
+                raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
+            return
+        try:
+            statuses = await self.engine_client.collective_rpc("smoa_status")
+        except Exception as error:
+            raise CompatibilityError(f"a worker runs without the smoa-serve plugin: {error}") from error
+        for status in statuses:
+            if status.get("refusal"):
+                logger.warning("This engine serves LoRA adapters only: %s", status["refusal"])
+
+    async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
+        """Stage an adapter, bring it into the engine, then let the name mean it."""
+        reason = name_reason(name)
+        if reason is not None:
+            raise AdapterError(requested_path, reason)
+        staged = await asyncio.to_thread(self._stage, path)
+        previous = self.revisions.get(name)
+        if previous is not None and previous.staged.digest == staged.digest:
+            return previous
+        revision = Revision(name, self.lora_id_counter.inc(1), staged, requested_path)
+        request = LoRARequest(
+            lora_name=revision.engine_name, lora_int_id=revision.lora_int_id, lora_path=str(staged.path)
+        )
+        if parent is not None and self.is_base_model(parent):
+            request.base_model_name = parent
+        try:
+            await self.engine_client.add_lora(request)
+        except Exception as error:
+            raise AdapterError(requested_path, f"the engine refused it: {error}") from error
+        self.revisions[name], self.lora_requests[name] = revision, request
+        logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
+        if previous is not None:
+            self._remove_later(previous)
+        return revision
+
+    def _stage(self, path: Path) -> StagedAdapter:
+        return self._store.stage(path, self._base, self._options)
+
+    def _remove_later(self, revision: Revision) -> None:
+        """Free a revision's slot and host memory once no request uses it."""
+
+        async def drain() -> None:
+            while in_flight(self.engine_client, revision.engine_name):
+                await asyncio.sleep(_DRAIN_POLL_S)
+            await self.engine_client.remove_lora(revision.lora_int_id)
+            logger.info("Adapter revision %s left the engine", revision.engine_name)
+
+        task = asyncio.create_task(drain())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> "ErrorResponse | str":
+        """`POST /v1/load_lora_adapter`. With `load_inplace`, new content replaces the name's revision at once; requests
+        that run finish on the revision they began with."""
+        async with self.lora_resolver_lock[request.lora_name]:
+            refused = await self._check_load_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            try:
+                if self.is_base_model(request.lora_name):
+                    raise AdapterError(request.lora_path, f"{request.lora_name!r} is the base model's name")
+                path = await asyncio.to_thread(self._allowed, request.lora_path)
+                await self._load(request.lora_name, path, request.lora_path, base_model_name)
+            except SmoaError as error:
+                return _error_response(error)
+        return f"Success: LoRA adapter '{request.lora_name}' added successfully."
+
+    def _allowed(self, path: str) -> Path:
+        try:
+            return confine(path, self._settings.adapter_roots)
+        except (AdapterNotFoundError, PathNotAllowedError):
+            if self._settings.allow_hub and not Path(path).is_absolute():
+                return download(path)
+            raise
+
+    async def unload_lora_adapter(self, request: Any) -> "ErrorResponse | str":
+        """`POST /v1/unload_lora_adapter`: new requests get 404 at once; memory is freed when running ones are done."""
+        async with self.lora_resolver_lock[request.lora_name]:
+            refused = await self._check_unload_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            del self.lora_requests[request.lora_name]
+            self._remove_later(self.revisions.pop(request.lora_name))
+        return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
+
+    async def resolve_lora(self, lora_name: str) -> "LoRARequest | ErrorResponse":
+        """Ask vLLM's resolvers for an unknown name; what they find is served as a revision like any other."""
+        async with self.lora_resolver_lock[lora_name]:
+            if lora_name in self.lora_requests:
+                return self.lora_requests[lora_name]
+            for resolver in self.lora_resolvers:
+                found = await resolver.resolve_lora(self.model_config.model, lora_name)
+                if found is None:
+                    continue
+                try:
+                    await self._load(lora_name, Path(found.lora_path), found.lora_path)
+                except SmoaError as error:
+                    return _error_response(error)
+                return self.lora_requests[lora_name]
+        return _error_response(AdapterNotFoundError(lora_name, "no adapter of this name is loaded"))
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        """The name in a response: the user's, not the engine's."""
+        return visible_name(super().model_name(lora_request))
+
+    async def show_available_models(self) -> Any:
+        """`GET /v1/models`: the base, and each adapter with its parent."""
+        models = await super().show_available_models()
+        for card in models.data:
+            revision = self.revisions.get(visible_name(card.id))
+            if revision is not None and card.id == revision.engine_name:
+                card.id, card.root = revision.name, revision.requested_path
+        return models
+
+
+def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A wrapper of `OpenAIServingModels.__init__`."""
+    wrapped(*args, **kwargs)
+    instance.__class__ = SmoaServingModels
+    instance.begin()
+
+
+def _error_response(error: SmoaError) -> "ErrorResponse":
+    status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
+    return vllm_serving.create_error_response(message=str(error), err_type=status.phrase, status_code=status)

@@ -1,0 +1,52 @@
+"""Fixtures for all tests: recorded numbers, private cache folders, tiny base checkpoints."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """Folder of numbers recorded from the published layer ($SMOA_VECTORS, or shared/vectors beside the repository)."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "vectors"
+    folder = Path(os.environ.get("SMOA_VECTORS", default))
+    if not (folder / "index.json").is_file():
+        pytest.skip(f"no recorded vectors at {folder}; set SMOA_VECTORS")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vector_index(vectors: Path) -> dict[str, Any]:
+    return json.loads((vectors / "index.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("smoa-cache")
+
+
+@pytest.fixture(autouse=True)
+def private_folders(session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's own cache and store; orders are shared between tests, stores are not."""
+    monkeypatch.setenv("SMOA_CACHE_DIR", str(session_cache))
+    monkeypatch.setenv("SMOA_STORE_DIR", str(tmp_path / "smoa-store"))
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> Callable[..., Path]:
+    """Write a base checkpoint from single tensors: `make_base({"model.norm.weight": ...}, model_type="llama")`."""
+
+    def make(tensors: Mapping[str, Tensor], *, name: str = "base", **config: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        return folder
+
+    return make
