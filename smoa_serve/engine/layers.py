@@ -1,4 +1,4 @@
-"""A vLLM LoRA layer that also adds SMoA deltas: its own class with a mixin in front, and one custom op on its output."""
+"""A vLLM LoRA layer that also adds SMoA deltas: its class with a mixin in front, and one custom op on its output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The output head stays the base model's: vLLM's LoRA path on the logits is left out.
 
-vLLM applies LoRA to the logits with one adapter index per sampled row. Prompt logprobs ask for the logits of one request's
-whole prompt instead: the indices then belong to other rows, which gives wrong values or ends the engine. So adapters on
-the output head are refused, and the head costs what it costs without adapters.
+vLLM applies LoRA to the logits with one adapter index per sampled row. Prompt logprobs ask for the logits of one
+request's whole prompt instead: the indices then belong to other rows, which gives wrong values or ends the engine. So
+adapters on the output head are refused, and the head costs what it costs without adapters.
 """
 
 from functools import cache

@@ -10,8 +10,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
 
     Returns:
         version of smoa-serve; lora: whether adapters are enabled; refusal: why SMoA is not served, or None;
-        residence: str(lora_int_id) -> "slot" or "host"; layers: how many layers take SMoA; partition_bytes: device bytes
-        of the weight blocks and orders kept for their partitions.
+        residence: str(lora_int_id) -> "slot" or "host"; layers: how many layers take SMoA; partition_bytes: device
+        bytes of the weight blocks and orders kept for their partitions.
     """
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
     if worker.lora_config is None:

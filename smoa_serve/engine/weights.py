@@ -12,8 +12,8 @@ CHUNK_COLUMNS = 2048
 class ServedWeight:
     """Reads blocks of one rank's part of a linear layer's weight.
 
-    vLLM's CPU layers repack the weight and drop the original; it is recovered by multiplying unit vectors, which is exact
-    (one product per output, the rest zeros). The recovered matrix lives only from `open` to `close`.
+    vLLM's CPU layers repack the weight and drop the original; it is recovered by multiplying unit vectors, which is
+    exact (one product per output, the rest zeros). The recovered matrix lives until `close`.
 
     Args:
         base_layer: vLLM's linear layer.
