@@ -51,7 +51,8 @@ class AdapterReport:
         max_rank: widest branch: what a slot must hold.
         order: where the block ids come from.
         order_error: worst of the modules'; None while it is not known.
-        base_matches: whether it fits the base given; None without one.
+        base_match: "exact" (the fingerprints of all weights agree), "shapes" (the file has no fingerprints; names and
+            shapes fit), "no" (see problems), or None without a base.
         problems: every reason why it does not.
         modules: adapted layers.
     """
@@ -69,7 +70,7 @@ class AdapterReport:
     max_rank: int | None = None
     order: str | None = None
     order_error: float | None = None
-    base_matches: bool | None = None
+    base_match: str | None = None
     problems: list[str] = field(default_factory=list)
     modules: list[ModuleReport] = field(default_factory=list)
 
@@ -104,13 +105,14 @@ def inspect_adapter(
     if base is not None:
         try:
             adapter = load_adapter(path, base, options, progress=progress)
-            return _canonical(source, adapter, base_matches=True, problems=[])
+            had = all(update.base for update in adapter.modules.values()) and is_portable(source.config)
+            return _canonical(source, adapter, base_match="exact" if had else "shapes", problems=[])
         except AdapterError as error:
             problems = error.reasons
-    matches = None if base is None else False
+    match = None if base is None else "no"
     if kind is AdapterKind.SMOA and not is_portable(source.config):
-        return _published(source, options, base_matches=matches, problems=problems)
-    return _canonical(source, load_adapter(path, None, options), base_matches=matches, problems=problems)
+        return _published(source, options, base_match=match, problems=problems)
+    return _canonical(source, load_adapter(path, None, options), base_match=match, problems=problems)
 
 
 def verify_adapter(
@@ -134,7 +136,7 @@ def verify_adapter(
     return len(load_adapter(path, base, options, progress=progress).modules)
 
 
-def _canonical(source: Source, adapter: Adapter, *, base_matches: bool | None, problems: list[str]) -> AdapterReport:
+def _canonical(source: Source, adapter: Adapter, *, base_match: str | None, problems: list[str]) -> AdapterReport:
     hira = adapter.kind is AdapterKind.HIRA
     published = "hira" if hira else "published"
     return AdapterReport(
@@ -151,7 +153,7 @@ def _canonical(source: Source, adapter: Adapter, *, base_matches: bool | None, p
         max_rank=adapter.max_rank,
         order=adapter.order.value,
         order_error=adapter.order_error,
-        base_matches=base_matches,
+        base_match=base_match,
         problems=problems,
         modules=[
             ModuleReport(name, update.shape, update.branch_ranks, update.order_error)
@@ -161,7 +163,7 @@ def _canonical(source: Source, adapter: Adapter, *, base_matches: bool | None, p
 
 
 def _published(
-    source: Source, options: LoadOptions, *, base_matches: bool | None, problems: list[str]
+    source: Source, options: LoadOptions, *, base_match: str | None, problems: list[str]
 ) -> AdapterReport:
     """A published adapter without a base that fits: only what the tensors themselves tell."""
     modules = pick_adapter(source, sort_tensors(source.read(options), SMOA_KEY), options.adapter_name)
@@ -181,7 +183,7 @@ def _published(
         factor_bytes=sum(t.nbytes for t in tensors),
         file_bytes=source.weights.stat().st_size,
         max_rank=max((max(report.branch_ranks, default=0) for report in reports), default=0),
-        base_matches=base_matches,
+        base_match=base_match,
         problems=problems,
         modules=reports,
     )
@@ -208,7 +210,7 @@ def _lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions) -> 
         rank=files.rank,
         num_blocks=1,
         max_rank=files.rank,
-        base_matches=None if base is None else not problems,
+        base_match=None if base is None else "no" if problems else "shapes",
         problems=problems,
         modules=[
             ModuleReport(name, (b.shape[0], a.shape[1]), (a.shape[0],), 0.0) for name, (a, b) in files.factors().items()
