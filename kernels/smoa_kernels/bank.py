@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smoa_kernels.errors import ShapeError, SlotError
 from smoa_kernels.implementations import default_implementation, require_implementation
-from smoa_kernels.layout import PlainBlocks
+from smoa_kernels.layout import PackedBlocks, PlainBlocks
 from smoa_kernels.partition import Partition, PartitionCache, partition_digest, sort_blocks
 
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
@@ -58,8 +58,8 @@ class LayerBank:
         weight_block: fetches a block of the base weight; called once per block when a partition first appears.
         retain_partitions: how many partitions that no slot uses are kept per slice, so that evicting an adapter and
             loading it again fetches nothing.
-        implementation: which one the blocks are laid out for and `smoa_delta` runs; None = the best one here. All
-            others still serve the bank, slower.
+        implementation: which one the blocks are laid out for and `smoa_delta` runs; None = the best one here.
+            Of the others, all but "cpp" still serve the bank, slower.
 
     Attributes:
         slices: H_out_i of each slice; h_out their sum; h_in, num_slots S, max_rank R.
@@ -93,6 +93,9 @@ class LayerBank:
         self.version = 0
         self._weight_block = weight_block
         self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
+        self._store: type[PlainBlocks] | type[PackedBlocks] = (
+            PackedBlocks if self.implementation == "cpp" else PlainBlocks
+        )
         self._memo: dict[Hashable, tuple[int, Any]] = {}
 
     @property
@@ -167,7 +170,7 @@ class LayerBank:
                 wanted = f"({block.rows}, {block.cols}) {self.dtype} on {self.device}"
                 raise ShapeError(f"weight_block of slice {index}", [f"it returned {found}, asked for was {wanted}."])
             weights.append(weight)
-        return Partition(digest, row_order, col_order, blocks, PlainBlocks(weights))
+        return Partition(digest, row_order, col_order, blocks, self._store(weights))
 
     def _write(self, index: int, slot: int, update: SliceUpdate, partition: Partition) -> None:
         rank = int(update.a.shape[0])

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.errors import ShapeError
 from smoa_kernels.implementations import available_implementations, default_implementation, require_implementation
 from smoa_kernels.plan import StepPlan
@@ -16,7 +17,7 @@ __all__ = ["available_implementations", "default_implementation", "smoa_delta"]
 
 Implementation = Callable[[Tensor, Tensor, LayerBank, StepPlan], None]
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {"torch": smoa_delta_torch, "reference": smoa_delta_reference}
+    {"cpp": smoa_delta_cpp, "torch": smoa_delta_torch, "reference": smoa_delta_reference}
 )
 
 

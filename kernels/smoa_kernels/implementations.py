@@ -2,10 +2,11 @@
 
 import torch
 
+from smoa_kernels import cpp_build
 from smoa_kernels.errors import ImplementationError
 
 # In order of preference.
-NAMES = ("torch", "reference")
+NAMES = ("cpp", "torch", "reference")
 
 
 def available_implementations(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -39,7 +40,7 @@ def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str |
     """Why an implementation cannot serve, None when it can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    return None
+    return cpp_build.unavailable_reason(device_type, dtype) if name == "cpp" else None
 
 
 def _refusal(wish: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-# One panel holds this many rows of W: a 512-bit register of fp32 accumulators.
+# One panel holds this many rows of W: a 512-bit register of fp32 accumulators (kLanes in csrc/bf16.h).
 PANEL_ROWS = 16
 
 
@@ -41,3 +43,49 @@ class PlainBlocks:
     def block(self, k: int) -> Tensor:
         """Block k as a plain [m_k, n_k] tensor in model dtype."""
         return self.blocks[k]
+
+
+class PackedBlocks:
+    """Blocks for the C++ kernel: panels of 16 rows with the columns in pairs, [panels, pairs, 16, 2], zero-padded.
+
+    Running example, a block of 20 rows and 5 columns: 2 panels (the second with 12 zero rows), 3 pairs (the last with
+    a zero column), so 2 * 3 * 32 numbers; its columns are padded to 6 in every row that the kernel multiplies with it.
+
+    Attributes:
+        weights: all blocks one after the other, flat.
+        table: [K, 6] int64: row_start, rows, col_start, cols, first padded column, first element in `weights`.
+        packed_cols: padded columns of all blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.table: NDArray[np.int64] = np.zeros((len(blocks), 6), np.int64)
+        row = col = packed_col = weight = 0
+        for k, (rows, cols) in enumerate(block.shape for block in blocks):
+            self.table[k] = row, rows, col, cols, packed_col, weight
+            row, col, packed_col = row + rows, col + cols, packed_col + cols + cols % 2
+            weight += -(-rows // PANEL_ROWS) * PANEL_ROWS * (cols + cols % 2)
+        self.packed_cols = packed_col
+        self.weights = torch.empty(weight, dtype=blocks[0].dtype if blocks else torch.bfloat16)
+        for k, block in enumerate(blocks):
+            self._panels(k).copy_(_pad(block).view(-1, PANEL_ROWS, -(-block.shape[1] // 2), 2).transpose(1, 2))
+
+    def _panels(self, k: int) -> Tensor:
+        _, rows, _, cols, _, weight = self.table[k].tolist()
+        panels, pairs = -(-rows // PANEL_ROWS), -(-cols // 2)
+        size = panels * pairs * PANEL_ROWS * 2
+        return self.weights[weight : weight + size].view(panels, pairs, PANEL_ROWS, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.weights.nbytes
+
+    def block(self, k: int) -> Tensor:
+        """Block k as a plain [m_k, n_k] tensor in model dtype: a copy."""
+        _, rows, _, cols, _, _ = self.table[k].tolist()
+        return self._panels(k).transpose(1, 2).flatten(0, 1).flatten(1)[:rows, :cols]
+
+
+def _pad(block: Tensor) -> Tensor:
+    rows, cols = block.shape
+    return torch.nn.functional.pad(block, (0, cols % 2, 0, -rows % PANEL_ROWS)).contiguous()

@@ -73,6 +73,7 @@ class StepPlan:
         self.version = 0
         self._slots: NDArray[np.int64] = np.empty(0, np.int64)
         self._cache: dict[Hashable, Any] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     @property
     def active(self) -> bool:
@@ -135,6 +136,12 @@ class StepPlan:
             self._cache[key] = build()
         value: Value = self._cache[key]
         return value
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """At least `nbytes` uninitialised bytes on the device, the same memory for every layer of the step."""
+        if self._scratch.numel() < nbytes:
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._scratch
 
     def tokens(self, groups: Sequence[TokenGroup]) -> TokenSet:
         """The tokens of some groups, in the given order."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from smoa_kernels import LayerBank, StepPlan, available_implementations, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE
+from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.testing import WORKLOADS, assert_close, random_blocks, random_layer, random_update, workload
 from smoa_kernels.torch_ops import smoa_delta_torch
@@ -15,6 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Op = Callable[[torch.Tensor, torch.Tensor, LayerBank, StepPlan], None]
 
 OPS: dict[str, Op] = {
+    "cpp": smoa_delta_cpp,
+    "cpp-expand": partial(smoa_delta_cpp, cost=ALWAYS_EXPAND),
+    "cpp-modulate": partial(smoa_delta_cpp, cost=ALWAYS_MODULATE),
     "torch": smoa_delta_torch,
     "torch-expand": partial(smoa_delta_torch, cost=ALWAYS_EXPAND),
     "torch-modulate": partial(smoa_delta_torch, cost=ALWAYS_MODULATE),

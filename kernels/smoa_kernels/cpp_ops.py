@@ -1,0 +1,120 @@
+"""The delta by the C++ kernel: hands it the tables of the layer and of the step."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smoa_kernels.bank import LayerBank
+from smoa_kernels.cost import CPP_COST, CostModel
+from smoa_kernels.cpp_build import library
+from smoa_kernels.errors import ImplementationError
+from smoa_kernels.layout import PackedBlocks
+from smoa_kernels.partition import Partition
+from smoa_kernels.plan import StepPlan
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of csrc/jobs.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("slices", "entries", "partitions")] + [
+        (name, ctypes.c_int64) for name in ("num_slices", "num_slots", "num_partitions", "max_rank", "h_in")
+    ]
+
+
+class _Step(ctypes.Structure):
+    """`Step` of csrc/jobs.h."""
+
+    _fields_ = [
+        ("groups", ctypes.c_void_p),
+        ("token_order", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int64),
+        ("form", ctypes.c_double),
+        ("form_per_rank", ctypes.c_double),
+    ]
+
+
+class LayerTable:
+    """What the kernel reads of a bank: pointers to its storages and partitions, and what each slot holds."""
+
+    def __init__(self, bank: LayerBank) -> None:
+        partitions = {id(e.partition): e.partition for slot in bank.slots for e in slot if e is not None}
+        # The arrays and the partitions live as long as the pointers to them.
+        self._partitions: Sequence[Partition] = tuple(partitions.values())
+        index = {key: i for i, key in enumerate(partitions)}
+        entries = np.full((len(bank.slices), bank.num_slots, 2), -1, np.int64)
+        for slot, held in enumerate(bank.slots):
+            for i, entry in enumerate(held):
+                if entry is not None and entry.partition.blocks:
+                    entries[i, slot] = index[id(entry.partition)], entry.rank
+        offsets = np.cumsum((0, *bank.slices))
+        slices = [
+            (a.data_ptr(), b.data_ptr(), size, offset)
+            for a, b, size, offset in zip(bank.a, bank.b, bank.slices, offsets, strict=False)
+        ]
+        self._arrays = (
+            np.array(slices, np.int64),
+            entries,
+            np.array([_partition_row(partition) for partition in self._partitions], np.int64),
+        )
+        self.layer = _Layer(
+            *(array.ctypes.data for array in self._arrays),
+            len(bank.slices), bank.num_slots, len(self._partitions), bank.max_rank, bank.h_in,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.layer)
+
+
+class StepTable:
+    """What the kernel reads of a plan."""
+
+    def __init__(self, plan: StepPlan, cost: CostModel) -> None:
+        rows = [(group.slot, group.start, group.end) for group in plan.groups]
+        self._groups: NDArray[np.int64] = np.array(rows, np.int64)
+        self.step = _Step(
+            self._groups.ctypes.data, plan.token_order.data_ptr(), len(rows), cost.form, cost.form_per_rank
+        )
+        self.address = ctypes.addressof(self.step)
+
+
+@cache
+def _kernel() -> Callable[..., int]:
+    function = library().smoa_delta
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size]
+    function.restype = size
+    return function
+
+
+def _partition_row(partition: Partition) -> tuple[int, ...]:
+    store = partition.store
+    if not isinstance(store, PackedBlocks):
+        raise ImplementationError(
+            "the bank's blocks are not packed for the C++ kernel; make the bank with implementation='cpp'."
+        )
+    return (
+        partition.row_order.data_ptr(),
+        partition.col_order.data_ptr(),
+        store.table.ctypes.data,
+        store.weights.data_ptr(),
+        len(partition.blocks),
+        store.packed_cols,
+    )
+
+
+def smoa_delta_cpp(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel = CPP_COST) -> None:
+    """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; `cost` chooses the way of each adapter group."""
+    table = bank.memo("cpp", 0, lambda: LayerTable(bank))
+    step = plan.cached(("cpp", cost), lambda: StepTable(plan, cost))
+    kernel = _kernel()
+    scratch = plan.scratch(1)
+    needed = 1
+    while needed:
+        needed = kernel(
+            table.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
+            scratch.data_ptr(), scratch.numel(),
+        )  # fmt: skip
+        if needed:
+            scratch = plan.scratch(needed)

@@ -1,0 +1,212 @@
+// The delta of a whole (possibly packed) layer in one call: all slices, partitions and adapters, bfloat16.
+//
+// Tokens of an adapter are served by one of two exact ways (see cost.py):
+//   expand    y_i += sum_rho b_rho,i (W_k (a_rho * x))_i: a row (a_rho * x) per token and rank through W's panels;
+//   modulate  y_i += ((W_k * (B A)) x)_i: a copy of the panels times B A, then one row per token.
+// Every output element is computed by one thread in a fixed order, so results do not depend on the schedule.
+
+#include <atomic>
+
+#include "jobs.h"
+
+namespace smoa {
+
+// Columns of x in sorted order, each block padded to an even number with zeros.
+static void sort_row(const bf16* x, const Partition& part, bf16* sorted) {
+  const int64_t* order = part.col_order;
+  for (int64_t k = 0; k < part.num_blocks; ++k) {
+    const Block& block = part.blocks[k];
+    for (int64_t j = 0; j < block.cols; ++j) sorted[block.packed_col + j] = x[order[block.col_start + j]];
+    if (block.cols & 1) sorted[block.packed_col + block.cols] = 0;
+  }
+}
+
+static void expand_row(const bf16* sorted, const bf16* a, const Partition& part, const Job& job, int64_t row,
+                       bf16* rows) {
+  for (int64_t k = 0; k < part.num_blocks; ++k) {
+    const Block& block = part.blocks[k];
+    const bf16* x = sorted + block.packed_col;
+    bf16* out = rows + job.num_rows() * block.packed_col + row * block.packed_cols();
+    for (int64_t j = 0; j < block.packed_cols(); j += kLanes) {
+      const __mmask16 lanes = first_lanes(block.cols - j);
+      const __m512 value = _mm512_mul_ps(widen(load_lanes(x + j, lanes)), widen(load_lanes(a + block.col_start + j, lanes)));
+      _mm256_mask_storeu_epi16(out + j, first_lanes(block.packed_cols() - j), narrow(value));
+    }
+  }
+}
+
+static void copy_row(const bf16* sorted, const Partition& part, const Job& job, int64_t row, bf16* rows) {
+  for (int64_t k = 0; k < part.num_blocks; ++k) {
+    const Block& block = part.blocks[k];
+    std::memcpy(rows + job.num_rows() * block.packed_col + row * block.packed_cols(), sorted + block.packed_col,
+                block.packed_cols() * sizeof(bf16));
+  }
+}
+
+// Ranks of A in pairs: [rank pairs][packed columns], the second of an odd last pair zero.
+static void pair_ranks(const bf16* a, int64_t stride, int64_t rank, const Partition& part, uint32_t* pairs) {
+  for (int64_t q = 0; q < rank; q += 2, pairs += part.packed_cols) {
+    const bf16* low = a + q * stride;
+    for (int64_t k = 0; k < part.num_blocks; ++k) {
+      const Block& block = part.blocks[k];
+      for (int64_t j = 0; j < block.packed_cols(); ++j) {
+        const int64_t col = block.col_start + j;
+        const bool inside = j < block.cols;
+        const uint32_t lo = inside ? low[col] : 0, hi = inside && q + 1 < rank ? low[stride + col] : 0;
+        pairs[block.packed_col + j] = lo | hi << 16;
+      }
+    }
+  }
+}
+
+static void prepare(const Call& call, const Job& job, const Row& source, bf16* sorted) {
+  const Partition& part = *job.partition;
+  sort_row(call.x + source.token * call.x_stride, part, sorted);
+  if (source.rank == 0) {
+    copy_row(sorted, part, job, source.row, job.rows);
+    return;
+  }
+  const bf16* a = call.factor_a(job.slice, source.slot);
+  for (int64_t rho = 0; rho < source.rank; ++rho)
+    expand_row(sorted, a + rho * call.h_in, part, job, source.row + rho, job.rows);
+}
+
+template <int P, int R>
+static void expand_tile(const Tile& t, const bf16* rows, const ExpandRow* info, float (*sums)[kMaxPanels][kLanes],
+                        int32_t first_token) {
+  __m512 acc[P][R];
+  multiply_tile<P, R>(t.weights, t.panel_stride, rows, t.block->packed_cols(), t.block->packed_cols() / 2, acc);
+  for (int r = 0; r < R; ++r) {
+    const bf16* b = info[r].b + t.row_start;
+    float(*sum)[kLanes] = sums[info[r].token - first_token];
+    for (int p = 0; p < P; ++p) {
+      const __m512 factor = widen(load_lanes(b + p * kLanes, first_lanes(t.num_rows - p * kLanes)));
+      _mm512_storeu_ps(sum[p], _mm512_fmadd_ps(acc[p][r], factor, _mm512_loadu_ps(sum[p])));
+    }
+  }
+}
+
+template <int P, int R>
+static OutputTile<P, R> output_tile(const Call& call, const Job& job, const Tile& t, const int32_t* tokens) {
+  OutputTile<P, R> out;
+  for (int r = 0; r < R; ++r) out.y[r] = call.y + tokens[r] * call.y_stride + call.slices[job.slice].y_offset;
+  out.order = t.order;
+  out.count = t.num_rows < P * kLanes ? t.num_rows : P * kLanes;
+  return out;
+}
+
+template <int P, int R>
+static void plain_tile(const Call& call, const Job& job, const Tile& t, const bf16* weights, const bf16* rows,
+                       const int32_t* tokens) {
+  OutputTile<P, R> out = output_tile<P, R>(call, job, t, tokens);
+  out.fetch();
+  __m512 acc[P][R];
+  const int64_t pairs = t.block->packed_cols() / 2;
+  multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, acc);
+  out.add([&](int r, int p) { return acc[p][r]; });
+}
+
+// Calls f with the number of rows of each tile: `rows` rows in tiles of nearly equal size, at most R.
+template <int R, typename F>
+static void for_tiles(int64_t rows, F&& f) {
+  const int64_t tiles = (rows + R - 1) / R;
+  for (int64_t i = 0, start = 0; i < tiles; ++i) {
+    const int64_t end = rows * (i + 1) / tiles;
+    dispatch_rows<R>(static_cast<int>(end - start), [&](auto size) { f(start, size); });
+    start = end;
+  }
+}
+
+template <int P>
+static void expand_panels(const Call& call, const Job& job, const Tile& t) {
+  float sums[kTokenChunk][kMaxPanels][kLanes];
+  const bf16* rows = job.rows + job.num_rows() * t.block->packed_col;
+  const int64_t row_size = t.block->packed_cols();
+  for (const Chunk& chunk : job.chunks) {
+    std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
+    for_tiles<max_tile_rows(P)>(chunk.num_rows, [&](int64_t start, auto size) {
+      const int64_t row = chunk.first_row + start;
+      expand_tile<P, size>(t, rows + row * row_size, &job.expanded[row], sums, chunk.first_token);
+    });
+    for_tiles<8>(chunk.num_tokens, [&](int64_t start, auto size) {
+      const int64_t first = start;
+      auto out = output_tile<P, size>(call, job, t, &job.expand_tokens[chunk.first_token + first]);
+      out.fetch();
+      out.add([&](int r, int p) { return _mm512_loadu_ps(sums[first + r][p]); });
+    });
+  }
+}
+
+template <int P>
+static void modulate_group(const Call& call, const Job& job, const Tile& t, const ModulateGroup& group, const Workspace& space) {
+  __m512i* b = space.factors;
+  const bf16* factor = call.factor_b(job.slice, group.slot) + t.row_start;
+  const int64_t stride = call.slices[job.slice].h_out;
+  const int rank_pairs = static_cast<int>((group.rank + 1) / 2);
+  for (int q = 0; q < rank_pairs; ++q) {
+    const bf16* low = factor + 2 * q * stride;
+    const bool paired = 2 * q + 1 < group.rank;
+    for (int p = 0; p < P; ++p) {
+      const __mmask16 lanes = first_lanes(t.num_rows - p * kLanes);
+      const __m256i high = paired ? load_lanes(low + stride + p * kLanes, lanes) : _mm256_setzero_si256();
+      b[q * P + p] = interleave(load_lanes(low + p * kLanes, lanes), high);
+    }
+  }
+  const int64_t row_size = t.block->packed_cols();
+  modulate_panels<P>(t.weights, t.panel_stride, group.a_pairs + t.block->packed_col, job.partition->packed_cols, b,
+                     rank_pairs, row_size / 2, space.panels);
+  const bf16* rows = job.rows + job.num_rows() * t.block->packed_col + group.first_row * row_size;
+  for_tiles<max_tile_rows(P)>(group.num_tokens, [&](int64_t start, auto size) {
+    plain_tile<P, size>(call, job, t, space.panels, rows + start * row_size, group.tokens + start);
+  });
+}
+
+static void run_tile(const Call& call, const Tile& t, const Workspace& space) {
+  const Job& job = call.jobs[t.job];
+  dispatch_rows<kMaxPanels>(t.num_panels, [&](auto size) {
+    if (!job.chunks.empty()) expand_panels<size>(call, job, t);
+    for (const ModulateGroup& group : job.groups) modulate_group<size>(call, job, t, group, space);
+  });
+}
+
+static void prepare_item(const Call& call, size_t i, bf16* sorted) {
+  if (i < call.sources.size()) {
+    const Row& source = call.sources[i];
+    prepare(call, call.jobs[source.job], source, sorted);
+    return;
+  }
+  const Pairing& p = call.pairings[i - call.sources.size()];
+  const Job& job = call.jobs[p.job];
+  const ModulateGroup& group = job.groups[p.group];
+  pair_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a_pairs);
+}
+
+// Threads take work as they come, and wait only for what another has taken: one that the system does not let run (the
+// cores are often shared with the HTTP server) holds up nobody before the end.
+static void run(Call& call) {
+  const size_t items = call.sources.size() + call.pairings.size();
+  std::atomic<size_t> next_item{0}, items_done{0}, next_tile{0};
+#pragma omp parallel
+  {
+    const Workspace space = call.workspace(omp_get_thread_num());
+    for (size_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < items;) {
+      prepare_item(call, i, space.sorted);
+      items_done.fetch_add(1, std::memory_order_release);
+    }
+    while (items_done.load(std::memory_order_acquire) < items) _mm_pause();
+    for (size_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < call.tiles.size();)
+      run_tile(call, call.tiles[i], space);
+  }
+}
+
+}  // namespace smoa
+
+// Adds the delta to y. Returns 0, or the bytes of scratch needed when `scratch_bytes` is too small (nothing is written).
+extern "C" int64_t smoa_delta(const smoa::Layer* layer, const smoa::Step* step, smoa::bf16* y, int64_t y_stride,
+                              const smoa::bf16* x, int64_t x_stride, char* scratch, int64_t scratch_bytes) {
+  smoa::Call call(*layer, *step, y, y_stride, x, x_stride);
+  const int64_t needed = call.place(scratch);
+  if (needed > scratch_bytes) return needed;
+  smoa::run(call);
+  return 0;
+}

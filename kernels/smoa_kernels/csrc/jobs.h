@@ -1,0 +1,243 @@
+// What one call has to do: the tables that Python hands over, and the work list made from them.
+#pragma once
+
+#include <omp.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "bf16.h"
+
+namespace smoa {
+
+constexpr int kTokenChunk = 64;  // tokens whose sums an expanding thread keeps on its stack
+
+// ---- tables made in cpp_ops.py; every field is 64 bits wide ----
+
+struct Block {
+  int64_t row_start, rows, col_start, cols, packed_col, weight;  // weight: first element in Partition::weights
+  int64_t packed_cols() const { return (cols + 1) & ~int64_t{1}; }
+  int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
+};
+
+struct Partition {
+  const int64_t *row_order, *col_order;
+  const Block* blocks;
+  const bf16* weights;
+  int64_t num_blocks, packed_cols;
+};
+
+struct Entry {
+  int64_t partition, rank;  // index of the layer's partition, -1 = nothing
+};
+
+struct Slice {
+  const bf16 *a, *b;  // [S, R, H_in], [S, R, H_out]
+  int64_t h_out, y_offset;
+};
+
+struct Layer {
+  const Slice* slices;
+  const Entry* entries;  // [slices][S]
+  const Partition* partitions;
+  int64_t num_slices, num_slots, num_partitions, max_rank, h_in;
+};
+
+struct Group {
+  int64_t slot, start, end;
+};
+
+struct Step {
+  const Group* groups;
+  const int32_t* token_order;
+  int64_t num_groups;
+  double form, form_per_rank;  // see CostModel in cost.py
+};
+
+// ---- the work list ----
+
+struct Row {  // a token's first row of a job: `rank` rows a_rho * x, or the token's x alone when rank is 0
+  int32_t job, slot, rank, token;
+  int64_t row;
+};
+
+struct ExpandRow {
+  const bf16* b;
+  int32_t token;  // index into expand_tokens
+};
+
+struct Chunk {
+  int64_t first_row, num_rows;
+  int32_t first_token, num_tokens;
+};
+
+struct ModulateGroup {
+  int64_t slot, rank, first_row, num_tokens;
+  const int32_t* tokens;
+  uint32_t* a_pairs;
+};
+
+struct Job {  // one partition of one slice: expanded rows first, then the rows of each modulating group
+  int64_t slice = 0;
+  const Partition* partition = nullptr;
+  bf16* rows = nullptr;  // [blocks][num_rows][packed columns of the block]
+  std::vector<ExpandRow> expanded;
+  std::vector<int32_t> expand_tokens;
+  std::vector<Chunk> chunks;
+  std::vector<ModulateGroup> groups;
+  int64_t plain_rows = 0;
+  int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
+};
+
+struct Tile {  // some panels of one block: the unit of parallel work
+  int32_t job, num_panels;
+  const Block* block;
+  const bf16* weights;
+  const int64_t* order;
+  int64_t panel_stride, row_start, num_rows;  // rows of the block from here on
+};
+
+struct Pairing {
+  int32_t job, group;
+};
+
+struct Workspace {
+  bf16 *sorted, *panels;
+  __m512i* factors;
+};
+
+// f(integral_constant<size>) for a size in 1 .. Max.
+template <int Max, typename F>
+inline void dispatch_rows(int size, F&& f) {
+  if constexpr (Max > 0) {
+    if (size == Max)
+      f(std::integral_constant<int, Max>{});
+    else
+      dispatch_rows<Max - 1>(size, f);
+  }
+}
+
+struct Call {
+  const Layer& layer;
+  const Step& step;
+  const Slice* slices;
+  int64_t h_in;
+  bf16* y;
+  int64_t y_stride;
+  const bf16* x;
+  int64_t x_stride;
+  std::vector<Job> jobs;
+  std::vector<Row> sources;
+  std::vector<Pairing> pairings;
+  std::vector<Tile> tiles;
+  int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
+  char* thread_space = nullptr;
+
+  Call(const Layer& layer, const Step& step, bf16* y, int64_t y_stride, const bf16* x, int64_t x_stride)
+      : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), y(y), y_stride(y_stride), x(x),
+        x_stride(x_stride) {
+    std::vector<int32_t> job_of(layer.num_partitions, -1);
+    for (int64_t slice = 0; slice < layer.num_slices; ++slice)
+      for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
+    for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
+    for (int most = kMaxPanels; most > 0; most /= 2) {
+      tiles.clear();
+      for (size_t j = 0; j < jobs.size(); ++j) add_tiles(static_cast<int32_t>(j), most);
+      if (static_cast<int>(tiles.size()) >= 2 * omp_get_max_threads()) break;
+    }
+  }
+
+  const bf16* factor_a(int64_t slice, int64_t slot) const { return slices[slice].a + slot * layer.max_rank * h_in; }
+  const bf16* factor_b(int64_t slice, int64_t slot) const {
+    return slices[slice].b + slot * layer.max_rank * slices[slice].h_out;
+  }
+
+  void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
+    const Entry& entry = layer.entries[slice * layer.num_slots + group.slot];
+    if (entry.partition < 0 || entry.rank == 0) return;
+    int32_t& index = job_of[entry.partition];
+    if (index < 0) {
+      index = static_cast<int32_t>(jobs.size());
+      jobs.emplace_back();
+      jobs.back().slice = slice;
+      jobs.back().partition = &layer.partitions[entry.partition];
+    }
+    Job& job = jobs[index];
+    const int64_t count = group.end - group.start;
+    const int32_t* tokens = step.token_order + group.start;
+    if (count + step.form + step.form_per_rank * entry.rank < static_cast<double>(count * entry.rank)) {
+      job.groups.push_back({group.slot, entry.rank, job.plain_rows, count, tokens, nullptr});
+      job.plain_rows += count;
+      return;
+    }
+    const bf16* b = factor_b(slice, group.slot);
+    for (int64_t t = 0; t < count; ++t) {
+      const auto position = static_cast<int32_t>(job.expand_tokens.size());
+      sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t],
+                         static_cast<int64_t>(job.expanded.size())});
+      job.expand_tokens.push_back(tokens[t]);
+      if (position % kTokenChunk == 0) job.chunks.push_back({static_cast<int64_t>(job.expanded.size()), 0, position, 0});
+      for (int64_t rho = 0; rho < entry.rank; ++rho) job.expanded.push_back({b + rho * slices[slice].h_out, position});
+      job.chunks.back().num_rows += entry.rank;
+      ++job.chunks.back().num_tokens;
+    }
+  }
+
+  // The rows of the modulating groups come after all expanded rows, whose number is only known now.
+  void add_rows(int32_t j) {
+    Job& job = jobs[j];
+    for (size_t g = 0; g < job.groups.size(); ++g) {
+      ModulateGroup& group = job.groups[g];
+      group.first_row += static_cast<int64_t>(job.expanded.size());
+      pairings.push_back({j, static_cast<int32_t>(g)});
+      for (int64_t t = 0; t < group.num_tokens; ++t)
+        sources.push_back({j, static_cast<int32_t>(group.slot), 0, group.tokens[t], group.first_row + t});
+    }
+  }
+
+  // Each block in groups of at most `most` panels, of nearly equal size.
+  void add_tiles(int32_t j, int64_t most) {
+    const Partition& part = *jobs[j].partition;
+    for (int64_t k = 0; k < part.num_blocks; ++k) {
+      const Block& block = part.blocks[k];
+      const int64_t stride = block.packed_cols() * kLanes, parts = (block.panels() + most - 1) / most;
+      for (int64_t i = 0; i < parts; ++i) {
+        const int64_t first = block.panels() * i / parts, end = block.panels() * (i + 1) / parts;
+        const int64_t row = block.row_start + first * kLanes;
+        const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(bf16));
+        if (!jobs[j].groups.empty() && panels_size > panel_bytes) panel_bytes = panels_size;
+        tiles.push_back({j, static_cast<int32_t>(end - first), &block, part.weights + block.weight + first * stride,
+                         part.row_order + row, stride, row, block.rows - first * kLanes});
+      }
+    }
+  }
+
+  // Lays out the scratch memory from `base`; returns its size in bytes.
+  int64_t place(char* base) {
+    char* next = base;
+    const auto take = [&next](int64_t bytes) {
+      char* start = next;
+      next += (bytes + 63) & ~int64_t{63};
+      return start;
+    };
+    for (Job& job : jobs) {
+      const Partition& part = *job.partition;
+      if (2 * part.packed_cols > sorted_bytes) sorted_bytes = (2 * part.packed_cols + 63) & ~int64_t{63};
+      job.rows = reinterpret_cast<bf16*>(take(job.num_rows() * part.packed_cols * 2));
+      for (ModulateGroup& group : job.groups)
+        group.a_pairs = reinterpret_cast<uint32_t*>(take((group.rank + 1) / 2 * part.packed_cols * 4));
+    }
+    panel_bytes = (panel_bytes + 63) & ~int64_t{63};
+    factor_bytes = (layer.max_rank + 1) / 2 * kMaxPanels * static_cast<int64_t>(sizeof(__m512i));
+    thread_space = take(omp_get_max_threads() * (sorted_bytes + panel_bytes + factor_bytes));
+    return next - base;
+  }
+
+  Workspace workspace(int thread) const {
+    char* space = thread_space + thread * (sorted_bytes + panel_bytes + factor_bytes);
+    return {reinterpret_cast<bf16*>(space), reinterpret_cast<bf16*>(space + sorted_bytes),
+            reinterpret_cast<__m512i*>(space + sorted_bytes + panel_bytes)};
+  }
+};
+
+}  // namespace smoa
