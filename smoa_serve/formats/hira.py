@@ -1,7 +1,6 @@
 """PEFT's HiRA files: `dW = (hira_B @ hira_A) * W`, one block, no scale."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -34,10 +33,10 @@ def load_hira(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
     found = sort_tensors(source.read(options), HIRA_KEY)
     modules = pick_adapter(source, found, options.adapter_name)
     reasons = foreign_reasons(source, found.others)
-    if not modules and not reasons:
-        reasons.append("the file holds no HiRA factors, nothing would be bound")
+    if not modules:
+        raise AdapterError(source.name, reasons or "the file holds no HiRA factors, nothing would be bound")
     for name, factors in modules.items():
-        reasons += _factor_reasons(name, factors, _rank(name, config), base)
+        reasons += _factor_reasons(name, factors, config, base)
     if base is not None:
         reasons += target_reasons(config, modules, base, exclude_modules=config.exclude_modules)
     if reasons:
@@ -72,21 +71,17 @@ def write_hira(adapter: Adapter, out_dir: str | Path) -> Path:
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    # One rank for all modules, zeros behind: PEFT up to 0.21 ignores rank_pattern for HiRA.
+    rank = max(sum(update.branch_ranks) for update in adapter.modules.values())
     for name, update in adapter.modules.items():
-        a, b = hira_factors(update)
-        ranks[name] = a.shape[0]
-        tensors[f"{PREFIX}{name}.hira_A"] = a
-        tensors[f"{PREFIX}{name}.hira_B"] = b
+        tensors[f"{PREFIX}{name}.hira_A"], tensors[f"{PREFIX}{name}.hira_B"] = hira_factors(update, rank)
     save_file(tensors, out / WEIGHTS_NAME, metadata={"format": "pt"})
-    rank = max(ranks.values())
     config = {
         "peft_type": "HIRA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": rank,
-        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "target_modules": list(adapter.modules),
         "hira_dropout": 0.0,
         "init_weights": True,
@@ -96,14 +91,18 @@ def write_hira(adapter: Adapter, out_dir: str | Path) -> Path:
     return out
 
 
-def hira_factors(update: ModuleUpdate) -> tuple[Tensor, Tensor]:
+def hira_factors(update: ModuleUpdate, total_rank: int) -> tuple[Tensor, Tensor]:
     """`hira_A` [r, H_in] and `hira_B` [H_out, r], both float32: branch k has its own r_k of the r rows.
 
     The scale goes into B in float64 before the one rounding to float32; float32, float16 and bfloat16 A stay exact.
+
+    Args:
+        update: SMoA or HiRA.
+        total_rank: r, at least the sum of the branch ranks; rows behind that are zero.
     """
     out_size, in_size = update.shape
-    a = torch.zeros(sum(update.branch_ranks), in_size)
-    b = torch.zeros(out_size, sum(update.branch_ranks))
+    a = torch.zeros(total_rank, in_size)
+    b = torch.zeros(out_size, total_rank)
     first = 0
     for k, rank in enumerate(update.branch_ranks):
         rows, cols = update.row_block == k, update.col_block == k
@@ -120,21 +119,16 @@ def _update(factors: Factors) -> ModuleUpdate:
     return ModuleUpdate(a.contiguous(), b.contiguous(), row_block, col_block, (a.shape[0],), 1.0)
 
 
-def _rank(name: str, config: HiraConfig) -> int:
-    """The rank PEFT gives a module: the first pattern that matches the end of its name, else r."""
-    for pattern, rank in (config.rank_pattern or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return rank
-    return config.r
-
-
-def _factor_reasons(name: str, factors: Factors, rank: int, base: BaseCheckpoint | None) -> list[str]:
+def _factor_reasons(name: str, factors: Factors, config: HiraConfig, base: BaseCheckpoint | None) -> list[str]:
     missing = [f"{name}.hira_{side} is missing" for side in "AB" if (side, 0) not in factors]
     if missing:
         return missing
     a, b = factors["A", 0], factors["B", 0]
     known = base is not None and name in base.linear_modules
     rows, cols = base.shape(name) if base is not None and known else (b.shape[0], a.shape[-1])
+    # PEFT up to 0.21 stores rank_pattern and gives every module rank r all the same.
+    allowed = {config.r, *(config.rank_pattern or {}).values()}
+    rank = a.shape[0] if a.dim() and a.shape[0] in allowed else config.r
     reasons = tensor_reasons(f"{name}.hira_A", a, (rank, cols)) + tensor_reasons(f"{name}.hira_B", b, (rows, rank))
     if a.dtype != b.dtype:
         reasons.append(f"{name}: the factors have several dtypes")
