@@ -1,0 +1,90 @@
+"""The demo's base: a small Llama, trained from nothing to know the corpus by heart."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifacts import build_folder
+from .corpus import all_texts
+from .data import Batch, base_conversations, encode
+from .tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
+from .training import Report, Schedule, TrainingError, learn, worst_probability
+
+SEED = 20260524
+# Rounding to bfloat16 costs a little of what training reached.
+ROUNDED_CONFIDENCE = 0.7
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """Sizes of the base. head_dim is 64: vLLM's CPU attention needs 32 or more."""
+
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    intermediate_size: int = 640
+    max_position_embeddings: int = 1024
+
+
+SHAPE = BaseShape()
+SCHEDULE = Schedule(max_steps=260, learning_rate=3e-3, batch_size=28, check_every=10, confidence=0.97, warmup=30)
+
+
+def base_recipe() -> dict[str, object]:
+    """Everything the base depends on."""
+    return {"shape": asdict(SHAPE), "schedule": asdict(SCHEDULE), "seed": SEED, "texts": all_texts(), "version": 1}
+
+
+def build_base(folder: Path, report: Report) -> bool:
+    """Train the base into `folder` unless it is there. True when it had to be trained."""
+    return build_folder(folder, base_recipe(), lambda out: _train(out, report))
+
+
+def load_base(folder: Path) -> Any:
+    """The stored base in float32, frozen: what adapters are trained on."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def logits(model: Any, batch: Batch, changed: dict[str, Tensor] | None = None) -> Tensor:
+    """[N, T, vocabulary].
+
+    Args:
+        model: the base.
+        batch: conversations.
+        changed: parameter name → what to use in its place.
+    """
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    result: Tensor = torch.func.functional_call(model, changed or {}, kwargs=inputs).logits
+    return result
+
+
+def _train(out: Path, report: Report) -> None:
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(out)
+    batch = encode(out / "tokenizer.json", base_conversations())
+    pad, end = special_ids(out / "tokenizer.json")
+    config = LlamaConfig(
+        **asdict(SHAPE),
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(config)
+    learn("base", lambda part: logits(model, part), list(model.parameters()), batch, SCHEDULE, report)
+    model = model.to(torch.bfloat16)
+    worst = worst_probability(lambda part: logits(model, part), batch)
+    if worst < ROUNDED_CONFIDENCE:
+        raise TrainingError(f"base: rounded to bfloat16 the worst answer token has probability {worst:.3f}")
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    model.save_pretrained(out)
