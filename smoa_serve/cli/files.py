@@ -44,6 +44,9 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="adapter_config.json to use, e.g. for a Trainer checkpoint.")
 ]
 NameOption = Annotated[str | None, typer.Option("--adapter-name", help="Which adapter, where there are several.")]
+TrainedDtype = Annotated[
+    Dtype | None, typer.Option("--trained-dtype", help="The base's dtype at training, if it was not the stored one.")
+]
 CheckDevice = Annotated[str, typer.Option("--check-device", help="Where the float64 check of an order runs.")]
 
 
@@ -64,18 +67,18 @@ def convert(
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
     adapter_name: NameOption = None,
+    trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
     """Write an adapter in the portable format (exact on any machine) or as PEFT HiRA (lossless)."""
-    options = LoadOptions(allow_pickle, strict_order, config, adapter_name, None, check_device)
+    options = LoadOptions(allow_pickle, strict_order, config, adapter_name, None, trained_dtype, check_device)
     with _shown_errors():
         opened = BaseCheckpoint.open(base) if base else None
         with _progress("spectral orders") as progress:
             written = convert_adapter(adapter, out, to, opened, options, progress=progress)
     console = Console()
     console.print(f"{out}: {to.value}, {len(written.modules)} layers, from digest {written.digest}", soft_wrap=True)
-    if written.order_error > 0:
-        console.print(f"expected error of the update from the recomputed order: up to {written.order_error:.3f}")
+    _print_order_error(written.order_error)
 
 
 def inspect_command(
@@ -85,10 +88,11 @@ def inspect_command(
     allow_pickle: AllowPickle = False,
     config: ConfigOption = None,
     adapter_name: NameOption = None,
+    trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
     """Show configuration, size, digest and, with --base, the expected order error of each layer and whether it fits."""
-    options = LoadOptions(allow_pickle, False, config, adapter_name, None, check_device)
+    options = LoadOptions(allow_pickle, False, config, adapter_name, None, trained_dtype, check_device)
     with _shown_errors():
         opened = BaseCheckpoint.open(base) if base else None
         with _progress("spectral orders") as progress:
@@ -107,15 +111,20 @@ def verify(
     config: ConfigOption = None,
     adapter_name: NameOption = None,
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
+    trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
     """Bind every tensor against the base, as a server would; exit 0, or 1 with every reason."""
-    options = LoadOptions(allow_pickle, strict_order, config, adapter_name, max_rank, check_device)
+    options = LoadOptions(allow_pickle, strict_order, config, adapter_name, max_rank, trained_dtype, check_device)
     with _shown_errors():
         opened = BaseCheckpoint.open(base)
         with _progress("spectral orders") as progress:
-            layers = verify_adapter(adapter, opened, options, progress=progress)
-    Console().print(f"{adapter}: fits {base}, {layers} layers", soft_wrap=True)
+            found = verify_adapter(adapter, opened, options, progress=progress)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{adapter}: fits {base}, {found.layers} layers", markup=False)
+    if not found.exact:
+        console.print("names and shapes only: this file format does not record which weights it was trained on")
+    _print_order_error(found.order_error)
 
 
 def merge(
@@ -128,9 +137,10 @@ def merge(
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
     adapter_name: NameOption = None,
+    trained_dtype: TrainedDtype = None,
 ) -> None:
     """Write base + adapter as an ordinary Hugging Face checkpoint, tensor by tensor."""
-    options = LoadOptions(allow_pickle, strict_order, config, adapter_name)
+    options = LoadOptions(allow_pickle, strict_order, config, adapter_name, None, trained_dtype)
     console = Console()
     with _shown_errors():
         opened = BaseCheckpoint.open(base)
@@ -146,6 +156,11 @@ def merge(
             console.print(f"largest difference of a logit {result.max_abs:.2e}, allowed {result.allowed:.2e}")
             if not result.passed:
                 raise SmoaError(f"{out}: the merged model does not compute what the adapter does")
+
+
+def _print_order_error(order_error: float) -> None:
+    if order_error > 0:
+        Console().print(f"expected error of the update from the recomputed order: up to {order_error:.3f}")
 
 
 @contextmanager

@@ -53,5 +53,6 @@ def special_ids(tokenizer_file: Path) -> tuple[int, int]:
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     pad, end = tokenizer.token_to_id(PAD), tokenizer.token_to_id(END)
-    assert pad is not None and end is not None, "write_tokenizer puts both into every tokenizer"
+    assert pad is not None, "write_tokenizer puts it into every tokenizer"
+    assert end is not None, "write_tokenizer puts it into every tokenizer"
     return pad, end

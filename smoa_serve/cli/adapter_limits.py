@@ -1,0 +1,86 @@
+"""Which adapters are served from the start, and what room they need."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..adapter import AdapterKind
+from ..errors import AdapterError, ConfigError
+from ..formats import LoadOptions
+from ..formats.config import HiraConfig, PortableConfig, PublishedConfig, is_portable, kind_of, parse_config
+from ..formats.source import CONFIG_NAME, open_source
+from ..spectral import even_ranks
+
+# vllm.config.lora.MaxLoRARanks, the same in every supported release.
+ALLOWED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+MOST_SLOTS = 16
+SLOTS_FOR_LOADING = 4
+
+
+def adapters_in(folder: Path) -> dict[str, str]:
+    """Name → path of every sub-folder that holds an adapter.
+
+    Raises:
+        ConfigError: no such folder, or no adapter in it.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--adapters-dir {folder}: there is no such folder")
+    found = {entry.name: str(entry) for entry in sorted(folder.iterdir()) if (entry / CONFIG_NAME).is_file()}
+    if not found:
+        raise ConfigError(f"--adapters-dir {folder}: no sub-folder has an {CONFIG_NAME}")
+    return found
+
+
+def slot_rank(path: str | Path, options: LoadOptions) -> int:
+    """The rank a slot needs for an adapter: the widest branch, for LoRA its r. Read from the configuration alone.
+
+    Raises:
+        AdapterError: no adapter, or its configuration leaves the rank open.
+    """
+    source = open_source(path, options)
+    kind = kind_of(source.name, source.config)
+    if kind is AdapterKind.LORA:
+        pattern = source.config.get("rank_pattern")
+        ranks = [source.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    if is_portable(source.config):
+        portable = parse_config(PortableConfig, source.name, source.config)
+        return max((rank for module in portable.modules.values() for rank in module.branch_ranks), default=0)
+    if kind is AdapterKind.HIRA:
+        hira = parse_config(HiraConfig, source.name, source.config)
+        return max([hira.r, *(hira.rank_pattern or {}).values()])
+    published = parse_config(PublishedConfig, source.name, source.config)
+    if published.branch_ranks is not None:
+        return max(published.branch_ranks, default=0)
+    if published.r is not None:
+        return max(even_ranks(published.r, published.num_blocks or 1))
+    raise AdapterError(source.name, "its configuration has no r; say what a slot must hold with --max-lora-rank")
+
+
+def allowed_rank(needed: int) -> int:
+    """The least --max-lora-rank of vLLM that holds `needed`.
+
+    Raises:
+        ConfigError: none does.
+    """
+    for rank in ALLOWED_RANKS:
+        if rank >= needed:
+            return rank
+    raise ConfigError(f"an adapter has a branch of rank {needed}; vLLM's slots hold at most {ALLOWED_RANKS[-1]}")
+
+
+def default_limits(adapters: Mapping[str, str], roots: Sequence[Path], options: LoadOptions) -> dict[str, int]:
+    """vLLM's adapter flags as they follow from the adapters: flag name → value.
+
+    Args:
+        adapters: name → path.
+        roots: not empty when more may be loaded while the server runs.
+        options: how adapters are read.
+    """
+    needed = max((slot_rank(path, options) for path in adapters.values()), default=0)
+    slots = min(MOST_SLOTS, max(len(adapters), SLOTS_FOR_LOADING if roots else 1))
+    return {
+        "max-loras": slots,
+        "max-cpu-loras": max(2 * slots, len(adapters) + SLOTS_FOR_LOADING),
+        # Adapters that come later are not known yet: vLLM's own default is the least then.
+        "max-lora-rank": allowed_rank(max(needed, 16 if roots or not adapters else 1)),
+    }

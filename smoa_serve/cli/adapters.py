@@ -1,0 +1,95 @@
+"""`smoa-serve adapters`: list, load and unload the adapters of a running server."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .client import ServerClient
+
+UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
+KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="SMOA_API_KEY", help="The server's --api-key.")]
+DEFAULT_URL = "http://localhost:8000"
+
+app = typer.Typer(no_args_is_help=True, help="List, load and unload the adapters of a running server.")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to the program."""
+    parent.add_typer(app, name="adapters")
+
+
+@app.command("list")
+def list_adapters(
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Every adapter that can be asked for, and where it resides."""
+    found = ServerClient(url, api_key).adapters()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    if not found:
+        Console().print(f"{url} serves no adapter; load one with: smoa-serve adapters load NAME PATH --url {url}")
+        return
+    Console().print(_table(found))
+
+
+@app.command("load")
+def load(
+    name: Annotated[str, typer.Argument(help="What requests put into 'model'.")],
+    path: Annotated[str, typer.Argument(help="On the server, inside one of its --adapters-root folders.")],
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace the adapter of this name; running requests finish on the old.")
+    ] = False,
+) -> None:
+    """Load an adapter into a running server."""
+    typer.echo(ServerClient(url, api_key).load(name, path, in_place=in_place))
+
+
+@app.command("unload")
+def unload(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+) -> None:
+    """Unload an adapter; requests that run finish."""
+    typer.echo(ServerClient(url, api_key).unload(name))
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    table = Table("name", "kind", "r", "K", "size", "resides", "order", "requests", "digest")
+    for entry in found:
+        table.add_row(
+            str(entry["name"]),
+            str(entry["kind"]),
+            str(entry["rank"]),
+            str(entry["num_blocks"]),
+            _size(int(entry["bytes"])),
+            str(entry["residence"]),
+            _order(entry),
+            str(entry["requests"]),
+            str(entry["digest"])[:12],
+        )
+    return table
+
+
+def _order(entry: Mapping[str, Any]) -> str:
+    """The order's status; a recomputed one with the error it may cause."""
+    status, error = entry["order"], float(entry["order_error"])
+    return f"{status or '-'} (error up to {error:.2f})" if error > 0 else str(status or "-")
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,122 @@
+"""Settings → vLLM's own command line and environment."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..formats import LoadOptions
+from .adapter_limits import adapters_in, default_limits
+from .serve_settings import FlagValue, ServeSettings, flag_names
+
+PLUGIN = "smoa_serve"
+ENDPOINT_GROUP = "vllm.endpoint_plugins"  # the only group that vLLM leaves out unless VLLM_PLUGINS names it
+LIMITS = ("max-loras", "max-cpu-loras", "max-lora-rank")
+
+
+@dataclass(frozen=True)
+class VllmCommand:
+    """How vLLM is started.
+
+    Attributes:
+        argv: beginning with "vllm", "serve", the model.
+        environment: variables to set.
+    """
+
+    argv: list[str]
+    environment: dict[str, str]
+
+
+def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment: Mapping[str, str]) -> VllmCommand:
+    """Translate settings.
+
+    Args:
+        settings: merged settings.
+        arguments: vLLM flags of the command line; they win over `settings.vllm`, since vLLM reads them last.
+        environment: what is set already.
+
+    Raises:
+        ConfigError: no model, or a flag that has to be said in another way.
+        AdapterError: an adapter cannot be read.
+    """
+    given = set(settings.vllm) | flag_names(arguments)
+    if settings.model is None:
+        raise ConfigError("no base model is given: smoa-serve serve MODEL, SMOA_SERVE_MODEL, or 'model:' in --config")
+    if "lora-modules" in given:
+        raise ConfigError("--lora-modules is made by smoa-serve; give adapters with --adapter NAME=PATH")
+    adapters = _adapters(settings)
+    roots = _roots(settings, environment)
+    defaults: dict[str, FlagValue] = {"enable-lora": True}
+    if not given.issuperset(LIMITS):
+        defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=settings.allow_pickle))
+    # vLLM refuses loading at run time with several API servers, its default for data parallel.
+    if "headless" not in given:
+        defaults["api-server-count"] = 1
+    flags = {name: value for name, value in defaults.items() if name not in given} | settings.vllm
+    argv = ["vllm", "serve", settings.model, *_lora_modules(adapters)]
+    for name, value in flags.items():
+        argv += _flag(name, value)
+    return VllmCommand([*argv, *arguments], _environment(settings, roots, environment))
+
+
+def plugin_names(current: str | None) -> str:
+    """VLLM_PLUGINS with ours in it. Unset means "all" to vLLM: then all that are installed are named.
+
+    Args:
+        current: VLLM_PLUGINS as it is; None when unset.
+    """
+    if current is None:
+        groups = entry_points().groups
+        wanted = [g for g in groups if g.startswith("vllm.") and g.endswith("_plugins") and g != ENDPOINT_GROUP]
+        names = sorted({entry.name for group in wanted for entry in entry_points(group=group)})
+    else:
+        names = [name.strip() for name in current.split(",") if name.strip()]
+    return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def _adapters(settings: ServeSettings) -> dict[str, str]:
+    found = adapters_in(settings.adapters_dir) if settings.adapters_dir is not None else {}
+    return found | settings.adapter
+
+
+def _roots(settings: ServeSettings, environment: Mapping[str, str]) -> list[Path]:
+    given = [*settings.adapters_root, *([settings.adapters_dir] if settings.adapters_dir else [])]
+    before = [Path(part) for part in environment.get("SMOA_ADAPTER_ROOTS", "").split(os.pathsep) if part]
+    missing = [root for root in given if not root.expanduser().is_dir()]
+    if missing:
+        raise ConfigError(f"--adapters-root {missing[0]}: there is no such folder")
+    return list(dict.fromkeys(root.expanduser().resolve() for root in [*given, *before]))
+
+
+def _environment(settings: ServeSettings, roots: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
+    result = {
+        "VLLM_PLUGINS": plugin_names(environment.get("VLLM_PLUGINS")),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "SMOA_SERVE_REQUIRED": "1",
+        "SMOA_ADAPTER_ROOTS": os.pathsep.join(map(str, roots)),
+    }
+    switches = {
+        "SMOA_ALLOW_PICKLE": settings.allow_pickle,
+        "SMOA_STRICT_ORDER": settings.strict_order,
+        "SMOA_ALLOW_HUB": settings.allow_hub,
+    }
+    return result | {name: "1" for name, on in switches.items() if on}
+
+
+def _lora_modules(adapters: Mapping[str, str]) -> list[str]:
+    items = [json.dumps({"name": name, "path": str(Path(path).expanduser())}) for name, path in adapters.items()]
+    return ["--lora-modules", *items] if items else []
+
+
+def _flag(name: str, value: FlagValue) -> list[str]:
+    """One flag as vLLM's parser takes it."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
