@@ -16,6 +16,8 @@ def check_binding(adapter: Adapter, base: BaseCheckpoint, *, source: object = "i
     Raises:
         AdapterError: with every reason: unknown modules, shapes that do not fit, another base, nothing to bind.
     """
+    if base.is_quantized:
+        raise AdapterError(source, "the base is quantized: SMoA and HiRA updates need the weights they were trained on")
     reasons = [reason for name in adapter.modules for reason in _module_reasons(name, adapter.modules[name], base)]
     if not adapter.modules:
         reasons.append("it has no factors at all, nothing would be bound")

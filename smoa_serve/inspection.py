@@ -105,14 +105,29 @@ def inspect_adapter(
     if base is not None:
         try:
             adapter = load_adapter(path, base, options, progress=progress)
-            had = all(update.base for update in adapter.modules.values()) and is_portable(source.config)
-            return _canonical(source, adapter, base_match="exact" if had else "shapes", problems=[])
+            match = "exact" if _is_exact(source, adapter) else "shapes"
+            return _canonical(source, adapter, base_match=match, problems=[])
         except AdapterError as error:
             problems = error.reasons
-    match = None if base is None else "no"
+    mismatch = None if base is None else "no"
     if kind is AdapterKind.SMOA and not is_portable(source.config):
-        return _published(source, options, base_match=match, problems=problems)
-    return _canonical(source, load_adapter(path, None, options), base_match=match, problems=problems)
+        return _published(source, options, base_match=mismatch, problems=problems)
+    return _canonical(source, load_adapter(path, None, options), base_match=mismatch, problems=problems)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """An adapter that fits its base.
+
+    Attributes:
+        layers: number of layers bound.
+        exact: whether the file holds fingerprints, so that it is known to be this very base.
+        order_error: worst expected relative error of a layer's update that comes from the order.
+    """
+
+    layers: int
+    exact: bool
+    order_error: float
 
 
 def verify_adapter(
@@ -121,19 +136,22 @@ def verify_adapter(
     options: LoadOptions = DEFAULT,
     *,
     progress: Progress | None = None,
-) -> int:
+) -> Verification:
     """Bind every tensor of an adapter against its base, as a server would.
-
-    Returns:
-        The number of layers bound.
 
     Raises:
         AdapterError: with every reason why it cannot be served.
     """
     source = open_source(path, options)
     if kind_of(source.name, source.config) is AdapterKind.LORA:
-        return len(load_lora(source, base, options).factors())
-    return len(load_adapter(path, base, options, progress=progress).modules)
+        return Verification(len(load_lora(source, base, options).factors()), exact=False, order_error=0.0)
+    adapter = load_adapter(path, base, options, progress=progress)
+    return Verification(len(adapter.modules), _is_exact(source, adapter), adapter.order_error)
+
+
+def _is_exact(source: Source, adapter: Adapter) -> bool:
+    """Fingerprints count when they came with the file; a published adapter gets them from the base at hand."""
+    return is_portable(source.config) and all(update.base for update in adapter.modules.values())
 
 
 def _canonical(source: Source, adapter: Adapter, *, base_match: str | None, problems: list[str]) -> AdapterReport:
@@ -162,9 +180,7 @@ def _canonical(source: Source, adapter: Adapter, *, base_match: str | None, prob
     )
 
 
-def _published(
-    source: Source, options: LoadOptions, *, base_match: str | None, problems: list[str]
-) -> AdapterReport:
+def _published(source: Source, options: LoadOptions, *, base_match: str | None, problems: list[str]) -> AdapterReport:
     """A published adapter without a base that fits: only what the tensors themselves tell."""
     modules = pick_adapter(source, sort_tensors(source.read(options), SMOA_KEY), options.adapter_name)
     reports = []

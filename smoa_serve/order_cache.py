@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .base_checkpoint import BaseCheckpoint
+from .errors import ConfigError
 from .spectral import SpectralOrder, spectral_order
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,16 @@ class OrderCache:
 
     Args:
         root: folder of the cache; `cache_root()` by default.
-        check_device: where the float64 check runs (see `spectral_order`).
+        check_device: "cpu" or "cuda:N": where the float64 check runs (see `spectral_order`).
+
+    Raises:
+        ConfigError: there is no such device.
     """
 
     def __init__(self, root: Path | None = None, *, check_device: str = "cpu") -> None:
         self.root = (root or cache_root()) / "orders"
+        if check_device not in {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}:
+            raise ConfigError(f"check device {check_device!r}: there is no such device; use 'cpu' or 'cuda:0' and up")
         self.check_device = check_device
 
     def get(self, base: BaseCheckpoint, module: str) -> SpectralOrder:

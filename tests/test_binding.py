@@ -61,3 +61,9 @@ def test_every_reason_is_given_in_one_error(base: BaseCheckpoint) -> None:
 def test_an_adapter_that_binds_nothing_is_refused(base: BaseCheckpoint) -> None:
     with pytest.raises(AdapterError, match="nothing would be bound"):
         check_binding(_adapter({}), base)
+
+
+def test_a_quantized_base_is_refused(make_base: MakeBase) -> None:
+    quantized = BaseCheckpoint.open(make_base({f"{NAMES[0]}.weight": torch.zeros(6, 4, dtype=torch.int8)}))
+    with pytest.raises(AdapterError, match="the base is quantized"):
+        check_binding(_adapter({NAMES[0]: _update(6, 4, None)}), quantized)

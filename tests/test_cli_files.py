@@ -35,6 +35,11 @@ def test_convert_verify_inspect_and_merge_one_adapter(app: typer.Typer, llama: P
     done = _run(app, "verify", tmp_path / "p", "--base", base, "--strict-order")
     assert done.exit_code == 0, done.output
     assert "4 layers" in done.output
+    assert "names and shapes only" not in done.output
+    done = _run(app, "verify", tmp_path / "missing", "--base", base)
+    assert done.exit_code == 1
+    done = _run(app, "verify", published, "--base", base, "--allow-pickle", "--trained-dtype", "float32")
+    assert "names and shapes only" in done.output
     done = _run(app, "convert", tmp_path / "p", "--to", "hira", "--out", tmp_path / "h")
     assert done.exit_code == 0, done.output
     assert detect_kind(tmp_path / "h").value == "hira"
@@ -70,6 +75,10 @@ def test_a_trainer_checkpoint_is_converted_with_a_configuration(app: typer.Typer
         (("verify", "adapters/nowhere", "--base", "base"), "there is no such file or folder"),
         (("verify", "adapters/qv_r8_k2_safetensors", "--base", "adapters"), "there is no config.json"),
         (("verify", "adapters/qv_r8_k2_safetensors", "--base", "base", "--max-rank", "1"), "the limit is 1"),
+        (
+            ("verify", "adapters/qv_r8_k2_safetensors", "--base", "base", "--check-device", "cuda:99"),
+            "there is no such device",
+        ),
         (("convert", "adapters/qv_r8_k2_safetensors", "--out", "new"), "can only be read beside its base"),
         (("convert", "adapters/qv_r8_k2_safetensors", "--base", "base", "--out", "base"), "not an empty folder"),
         (

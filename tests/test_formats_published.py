@@ -473,3 +473,15 @@ def test_a_trainer_checkpoint_trained_in_another_dtype_gives_the_order_it_was_tr
     trained_on = load_adapter(small.write(), BaseCheckpoint.open(small.base_path))
     assert found.digest == trained_on.digest
     assert found.modules[Q].base == small.base.fingerprint(Q)
+
+
+def test_a_base_cast_for_training_gives_the_order_when_the_dtype_is_told(small: Small) -> None:
+    (small.folder.parent / "cast").mkdir()
+    cast = {name: w.bfloat16() for name, w in small.weights.items()}
+    save_file(cast, small.folder.parent / "cast" / "model.safetensors", metadata={"format": "pt"})
+    (small.folder.parent / "cast" / "config.json").write_text('{"model_type": "llama"}')
+    trained_on = load_adapter(small.write(), BaseCheckpoint.open(small.folder.parent / "cast"))
+    told = small.load(LoadOptions(trained_dtype="bfloat16"))
+    assert told.digest == trained_on.digest
+    assert told.modules[Q].base == small.base.fingerprint(Q)
+    assert small.load(LoadOptions(trained_dtype="float32")).digest == small.load().digest

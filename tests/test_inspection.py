@@ -78,12 +78,13 @@ def test_hira_and_lora_are_told_by_their_own_formats(published: Path, llama: Bas
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     report = inspect_adapter(lora, llama)
     assert (report.format, report.rank, report.parameters, report.base_match) == ("lora", 2, 512, "shapes")
-    assert verify_adapter(lora, llama) == 1
+    assert verify_adapter(lora, llama).layers == 1
     save_file(tensors | {f"{name}B.weight": torch.zeros(64, 2)}, lora / "adapter_model.safetensors")
     assert inspect_adapter(lora, llama).base_match == "no"
 
 
 def test_verify_counts_the_layers_it_bound_or_gives_every_reason(published: Path, llama: BaseCheckpoint) -> None:
-    assert verify_adapter(published, llama) == 14
+    found = verify_adapter(published, llama)
+    assert (found.layers, found.exact, found.order_error) == (14, False, 0.0)
     with pytest.raises(AdapterError, match="the limit is 0"):
         verify_adapter(published, llama, LoadOptions(max_rank=0))

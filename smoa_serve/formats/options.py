@@ -14,6 +14,8 @@ class LoadOptions:
         config_path: adapter_config.json to use instead of the one beside the weights.
         adapter_name: which adapter of a folder or file that holds several.
         max_rank: refuse branches of a higher rank (R, not the total rank r).
+        trained_dtype: "float32", "bfloat16" or "float16": the dtype that the base was loaded in for training, where
+            that is not the stored one. A published adapter's order is then derived from weights cast the same way.
         check_device: where the float64 check of an order runs.
     """
 
@@ -22,4 +24,5 @@ class LoadOptions:
     config_path: Path | None = None
     adapter_name: str | None = None
     max_rank: int | None = None
+    trained_dtype: str | None = None
     check_device: str = "cpu"

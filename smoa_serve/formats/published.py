@@ -111,15 +111,26 @@ def _orders(
     for done, name in enumerate(modules):
         if progress:
             progress(name, done, len(modules))
-        trained = others.get(f"{name}.weight")
-        if trained is None or _dtype(trained) == base.fingerprint(name).dtype:
+        weight = _trained_weight(name, others, base, options)
+        if weight is None:
             orders[name] = cache.get(base, name)
         else:
-            weight = trained.t() if base.is_transposed(name) else trained
             orders[name] = cache.get_by_key(_key(weight), lambda weight=weight: weight)  # type: ignore[misc]
     if progress:
         progress("", len(modules), len(modules))
     return orders
+
+
+def _trained_weight(
+    name: str, others: Mapping[str, Tensor], base: BaseCheckpoint, options: LoadOptions
+) -> Tensor | None:
+    """The weight [H_out, H_in] as it was at training, where that is not simply the stored one."""
+    trained = others.get(f"{name}.weight")
+    if trained is None and options.trained_dtype is not None:
+        trained = base.stored(name).read().to(getattr(torch, options.trained_dtype))
+    if trained is None or _dtype(trained) == base.fingerprint(name).dtype:
+        return None
+    return trained.t() if base.is_transposed(name) else trained
 
 
 def _key(weight: Tensor) -> str:
