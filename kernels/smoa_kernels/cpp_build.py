@@ -32,7 +32,7 @@ class BuildError(ImplementationError):
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the C++ kernel cannot serve this device and dtype here, None when it can. Builds it when nothing else fails."""
+    """Why the C++ kernel cannot serve this device and dtype here, None when it can. Builds it at need."""
     if device_type != "cpu":
         return "it serves the CPU only"
     if dtype is not torch.bfloat16:

@@ -11,7 +11,7 @@ namespace smoa {
 using bf16 = uint16_t;
 
 constexpr int kLanes = 16;     // rows of W in a panel: one fp32 register
-constexpr int kMaxPanels = 4;  // panels that share one pass over the rows of the other operand
+constexpr int kMaxPanels = 2;  // panels that share one pass over the rows of the other operand
 
 // Rows per register tile, by number of panels: panels * rows accumulators must leave room for the operands.
 constexpr int max_tile_rows(int panels) { return panels == 4 ? 6 : 8; }
@@ -51,14 +51,16 @@ inline __m512i broadcast_pair(const bf16* p) {
 // acc[p][r] = panel p of W times row r: sum over column pairs.
 //   w: panels of [pairs][16 rows][2 columns], `panel_stride` elements apart.
 //   rows: R rows of 2 * pairs elements, `row_stride` elements apart.
+//   ahead: memory that is fetched meanwhile, one line per pair.
 template <int P, int R>
 inline void multiply_tile(const bf16* w, int64_t panel_stride, const bf16* rows, int64_t row_stride, int64_t pairs,
-                          __m512 (&acc)[P][R]) {
+                          const bf16* ahead, __m512 (&acc)[P][R]) {
   for (int p = 0; p < P; ++p)
     for (int r = 0; r < R; ++r) acc[p][r] = _mm512_setzero_ps();
   const bf16* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows + r * row_stride;
   for (int64_t j = 0; j < pairs; ++j) {
+    _mm_prefetch(ahead + j * 2 * kLanes, _MM_HINT_T1);
     __m512i weight[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) weight[p] = _mm512_loadu_si512(w + p * panel_stride + j * 2 * kLanes);

@@ -5,6 +5,7 @@
 //   modulate  y_i += ((W_k * (B A)) x)_i: a copy of the panels times B A, then one row per token.
 // Every output element is computed by one thread in a fixed order, so results do not depend on the schedule.
 
+#include <algorithm>
 #include <atomic>
 
 #include "jobs.h"
@@ -73,16 +74,25 @@ static void prepare(const Call& call, const Job& job, const Row& source, bf16* s
 
 template <int P, int R>
 static void expand_tile(const Tile& t, const bf16* rows, const ExpandRow* info, float (*sums)[kMaxPanels][kLanes],
-                        int32_t first_token) {
+                        int32_t first_token, const bf16* ahead) {
   __m512 acc[P][R];
-  multiply_tile<P, R>(t.weights, t.panel_stride, rows, t.block->packed_cols(), t.block->packed_cols() / 2, acc);
-  for (int r = 0; r < R; ++r) {
-    const bf16* b = info[r].b + t.row_start;
-    float(*sum)[kLanes] = sums[info[r].token - first_token];
-    for (int p = 0; p < P; ++p) {
-      const __m512 factor = widen(load_lanes(b + p * kLanes, first_lanes(t.num_rows - p * kLanes)));
-      _mm512_storeu_ps(sum[p], _mm512_fmadd_ps(acc[p][r], factor, _mm512_loadu_ps(sum[p])));
+  multiply_tile<P, R>(t.weights, t.panel_stride, rows, t.block->packed_cols(), t.block->packed_cols() / 2, ahead, acc);
+  // Every row's b is a stream of its own, too many for the hardware to foresee: fetch what the next tile needs.
+  for (int r = 0; r < R; ++r) _mm_prefetch(info[r].b + t.row_start + P * kLanes, _MM_HINT_T0);
+  // A token's ranks follow each other: its sum stays in registers until the next token's row.
+  for (int p = 0; p < P; ++p) {
+    const __mmask16 lanes = first_lanes(t.num_rows - p * kLanes);
+    int32_t token = info[0].token;
+    __m512 sum = _mm512_loadu_ps(sums[token - first_token][p]);
+    for (int r = 0; r < R; ++r) {
+      if (info[r].token != token) {
+        _mm512_storeu_ps(sums[token - first_token][p], sum);
+        token = info[r].token;
+        sum = _mm512_loadu_ps(sums[token - first_token][p]);
+      }
+      sum = _mm512_fmadd_ps(acc[p][r], widen(load_lanes(info[r].b + t.row_start + p * kLanes, lanes)), sum);
     }
+    _mm512_storeu_ps(sums[token - first_token][p], sum);
   }
 }
 
@@ -102,7 +112,7 @@ static void plain_tile(const Call& call, const Job& job, const Tile& t, const bf
   out.fetch();
   __m512 acc[P][R];
   const int64_t pairs = t.block->packed_cols() / 2;
-  multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, acc);
+  multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, weights, acc);
   out.add([&](int r, int p) { return acc[p][r]; });
 }
 
@@ -118,7 +128,7 @@ static void for_tiles(int64_t rows, F&& f) {
 }
 
 template <int P>
-static void expand_panels(const Call& call, const Job& job, const Tile& t) {
+static void expand_panels(const Call& call, const Job& job, const Tile& t, Ahead ahead) {
   float sums[kTokenChunk][kMaxPanels][kLanes];
   const bf16* rows = job.rows + job.num_rows() * t.block->packed_col;
   const int64_t row_size = t.block->packed_cols();
@@ -126,7 +136,7 @@ static void expand_panels(const Call& call, const Job& job, const Tile& t) {
     std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
     for_tiles<max_tile_rows(P)>(chunk.num_rows, [&](int64_t start, auto size) {
       const int64_t row = chunk.first_row + start;
-      expand_tile<P, size>(t, rows + row * row_size, &job.expanded[row], sums, chunk.first_token);
+      expand_tile<P, size>(t, rows + row * row_size, &job.expanded[row], sums, chunk.first_token, ahead.take());
     });
     for_tiles<8>(chunk.num_tokens, [&](int64_t start, auto size) {
       const int64_t first = start;
@@ -161,10 +171,12 @@ static void modulate_group(const Call& call, const Job& job, const Tile& t, cons
   });
 }
 
-static void run_tile(const Call& call, const Tile& t, const Workspace& space) {
+static void run_tile(const Call& call, size_t index, const Workspace& space) {
+  const Tile& t = call.tiles[index];
+  const Tile& next = call.tiles[index + 1 < call.tiles.size() ? index + 1 : index];
   const Job& job = call.jobs[t.job];
   dispatch_rows<kMaxPanels>(t.num_panels, [&](auto size) {
-    if (!job.chunks.empty()) expand_panels<size>(call, job, t);
+    if (!job.chunks.empty()) expand_panels<size>(call, job, t, {next.weights, next.panel_stride, next.num_panels});
     for (const ModulateGroup& group : job.groups) modulate_group<size>(call, job, t, group, space);
   });
 }
@@ -185,7 +197,9 @@ static void prepare_item(const Call& call, size_t i, bf16* sorted) {
 // cores are often shared with the HTTP server) holds up nobody before the end.
 static void run(Call& call) {
   const size_t items = call.sources.size() + call.pairings.size();
-  std::atomic<size_t> next_item{0}, items_done{0}, next_tile{0};
+  // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
+  const size_t run = std::clamp<size_t>(call.tiles.size() / (8 * omp_get_max_threads()), 1, 8);
+  std::atomic<size_t> next_item{0}, items_done{0}, next_run{0};
 #pragma omp parallel
   {
     const Workspace space = call.workspace(omp_get_thread_num());
@@ -194,8 +208,8 @@ static void run(Call& call) {
       items_done.fetch_add(1, std::memory_order_release);
     }
     while (items_done.load(std::memory_order_acquire) < items) _mm_pause();
-    for (size_t i; (i = next_tile.fetch_add(1, std::memory_order_relaxed)) < call.tiles.size();)
-      run_tile(call, call.tiles[i], space);
+    for (size_t i; (i = next_run.fetch_add(run, std::memory_order_relaxed)) < call.tiles.size();)
+      for (size_t end = std::min(i + run, call.tiles.size()); i < end; ++i) run_tile(call, i, space);
   }
 }
 

@@ -97,6 +97,18 @@ struct Tile {  // some panels of one block: the unit of parallel work
   int64_t panel_stride, row_start, num_rows;  // rows of the block from here on
 };
 
+// The panels of the tile that comes next, to be fetched one a pass; the last one again and again when they run out.
+struct Ahead {
+  const bf16* weights;
+  int64_t panel_stride;
+  int32_t num_panels;
+  const bf16* take() {
+    const bf16* now = weights;
+    if (num_panels > 1) weights += panel_stride, --num_panels;
+    return now;
+  }
+};
+
 struct Pairing {
   int32_t job, group;
 };

@@ -1,0 +1,102 @@
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from smoa_kernels import ImplementationError, available_implementations, cpp_build, smoa_delta
+from smoa_kernels.plan import StepPlan
+from smoa_kernels.testing import random_layer, random_update
+
+needs_cpp = pytest.mark.skipif(
+    "cpp" not in available_implementations("cpu", torch.bfloat16), reason="the C++ kernel cannot run here"
+)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path) -> Path:
+    """A process that has not tried to build yet, with an empty cache folder and every CPU feature."""
+    cpp_build._load.cache_clear()
+    monkeypatch.setattr(cpp_build.platformdirs, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: frozenset(cpp_build.CPU_FLAGS))
+    yield tmp_path
+    cpp_build._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [("cuda", torch.bfloat16, "CPU only"), ("cpu", torch.float32, "takes bfloat16"), ("cpu", torch.float16, "float16")],
+)
+def test_what_it_cannot_serve(device, dtype, reason):
+    assert reason in cpp_build.unavailable_reason(device, dtype)
+    assert "cpp" not in available_implementations(device, dtype)
+
+
+def test_without_a_compiler_torch_serves_and_the_reason_is_logged_once(fresh, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpp_build.shutil, "which", lambda _: None)
+    with caplog.at_level(logging.INFO, "smoa_kernels"):
+        assert available_implementations("cpu", torch.bfloat16)[0] == "torch"
+        assert available_implementations("cpu", torch.bfloat16)[0] == "torch"
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "no C++ compiler" in caplog.text
+
+
+def test_an_explicit_wish_is_refused_with_the_reason(fresh, monkeypatch, generator):
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: frozenset({"avx512f", "avx512bw", "avx512vl"}))
+    layer = random_layer(8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator)
+    plan = StepPlan(1, 1, "cpu")
+    x, y = torch.zeros(1, 8).bfloat16(), torch.zeros(1, 8).bfloat16()
+    with pytest.raises(
+        ImplementationError, match="available: torch, reference.\n  - not cpp: the CPU lacks avx512_bf16"
+    ):
+        smoa_delta(y, x, layer.bank, plan, implementation="cpp")
+    with pytest.raises(ImplementationError, match="avx512_bf16"):
+        random_layer(8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator, implementation="cpp")
+    with pytest.raises(ImplementationError, match="avx512_bf16"):
+        cpp_build.library()
+
+
+def test_what_the_compiler_says_is_the_reason(fresh, monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit 0\necho "no such header" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "no such header" in cpp_build.unavailable_reason("cpu", torch.bfloat16)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_compiler_that_does_not_exist_is_the_reason(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert "/nowhere/c++ could not be run" in cpp_build.unavailable_reason("cpu", torch.bfloat16)
+
+
+@needs_cpp
+def test_it_is_built_once_for_all_processes(fresh, monkeypatch):
+    assert cpp_build.unavailable_reason("cpu", torch.bfloat16) is None
+    assert len(list(fresh.rglob("*.so"))) == 1
+    cpp_build._load.cache_clear()
+    real, commands = subprocess.run, []
+
+    def run(command, **options):
+        commands.append(command)
+        return real(command, **options)
+
+    monkeypatch.setattr(cpp_build.subprocess, "run", run)
+    assert cpp_build.unavailable_reason("cpu", torch.bfloat16) is None
+    assert [command[1:] for command in commands] == [["--version"]]
+
+
+@needs_cpp
+def test_a_bank_made_for_torch_is_refused(generator):
+    layer = random_layer(
+        8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator, implementation="torch"
+    )
+    ids = torch.zeros(8, dtype=torch.int16)
+
+    layer.bank.set(0, [random_update(ids, ids, (1,), generator)])
+    plan = StepPlan(1, 1, "cpu")
+    plan.update([0])
+    x, y = torch.zeros(1, 8).bfloat16(), torch.zeros(1, 8).bfloat16()
+    with pytest.raises(ImplementationError, match="make the bank with implementation='cpp'"):
+        smoa_delta(y, x, layer.bank, plan, implementation="cpp")

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from smoa_kernels.layout import PANEL_ROWS, PackedBlocks, PlainBlocks
+
+
+@pytest.mark.parametrize("store", [PlainBlocks, PackedBlocks])
+@pytest.mark.parametrize(
+    "shapes",
+    [[], [(3, 5)], [(16, 4), (16, 4)], [(20, 5), (19, 4)], [(1, 1), (33, 2), (16, 3)]],
+    ids=["none", "one", "equal", "sizes apart by one", "mixed"],
+)
+def test_every_block_comes_back_as_it_was(store, shapes, generator):
+    blocks = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    held = store(blocks)
+    for k, block in enumerate(blocks):
+        assert torch.equal(held.block(k), block)
+    assert held.nbytes >= sum(block.nbytes for block in blocks)
+
+
+def test_the_weight_of_a_single_plain_block_is_not_copied():
+    weight = torch.ones(4, 6)
+    assert PlainBlocks([weight]).block(0).data_ptr() == weight.data_ptr()
+
+
+def test_equal_plain_blocks_are_one_tensor():
+    held = PlainBlocks([torch.ones(2, 3), torch.zeros(2, 3)])
+    assert held.stacked is not None
+    assert held.stacked.shape == (2, 2, 3)
+    assert held.nbytes == held.stacked.nbytes
+
+
+def test_packed_running_example_of_the_docstring():
+    block = torch.arange(100.0).reshape(20, 5).bfloat16()
+    packed = PackedBlocks([block])
+    panels = packed.weights.view(2, 3, PANEL_ROWS, 2)
+    assert packed.packed_cols == 6
+    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 0]]
+    assert panels[1, 1, 2].tolist() == block[18, 2:4].tolist()
+    assert not panels[1, :, 4:].any()  # rows 20 to 31
+    assert not panels[:, 2, :, 1].any()  # column 5
+
+
+def test_packed_table_follows_the_blocks():
+    packed = PackedBlocks([torch.ones(17, 3), torch.ones(2, 4)])
+    assert packed.table.tolist() == [[0, 17, 0, 3, 0, 0], [17, 2, 3, 4, 4, 32 * 4]]
+    assert packed.packed_cols == 8
