@@ -1,5 +1,7 @@
 """Real vLLM servers for the tests: a subprocess each, reached over HTTP with the official client."""
 
+import gc
+import importlib.util
 import os
 import socket
 import subprocess
@@ -25,25 +27,32 @@ class Server:
         url: without /v1.
         log: everything it printed.
         process: the API server.
+        api_key: what it asks for, "none" where it asks for nothing.
     """
 
     url: str
     log: Path
     process: subprocess.Popen[bytes]
+    api_key: str = "none"
 
     def client(self, **kwargs: Any) -> Any:
         """An OpenAI client that does not retry: a failure must be seen."""
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key=kwargs.pop("api_key", "none"), max_retries=0, **kwargs)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=kwargs.pop("api_key", self.api_key), max_retries=0, **kwargs)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        return {"Authorization": f"Bearer {self.api_key}"}
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> httpx.Response:
         """POST JSON."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=timeout_s)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=timeout_s, headers=self.headers)
 
     def adapters(self) -> dict[str, dict[str, Any]]:
         """GET /v1/smoa/adapters by name."""
-        response = httpx.get(f"{self.url}/v1/smoa/adapters", timeout=30)
+        response = httpx.get(f"{self.url}/v1/smoa/adapters", timeout=30, headers=self.headers)
         response.raise_for_status()
         return {entry["name"]: entry for entry in response.json()["data"]}
 
@@ -129,3 +138,50 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             )
 
         yield start_one
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`with serving(base, *arguments, VARIABLE=value) as server`: a server for the length of a block."""
+
+    def serve(base: Path, *arguments: str, command: str = "vllm", **environment: str) -> Any:
+        folder = tmp_path_factory.mktemp("server")
+        variables = vllm_environment(folder, **environment)
+        return run_server(base, folder, *arguments, environment=variables, command=command)
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`with in_process(base, **engine_arguments) as engine`: an engine in this process, float32 and eager."""
+    folder = tmp_path_factory.mktemp("in-process")
+    for name, value in (vllm_environment(folder) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
+        os.environ[name] = value
+
+    @contextmanager
+    def start_engine(base: Path, **arguments: Any) -> Iterator[Any]:
+        from smoa_serve.plugin import register
+
+        register()
+        from vllm import LLM
+
+        defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_lora_rank": 8, "seed": 0}
+        engine = LLM(str(base), **(defaults | arguments))
+        yield engine
+        del engine
+        gc.collect()
+
+    return start_engine
+
+
+@pytest.fixture(scope="session")
+def tiny(vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One server for all tests of the API, with more adapters than slots; see tiny_api.py."""
+    spec = importlib.util.spec_from_file_location("smoa_tiny_api", Path(__file__).with_name("tiny_api.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.start_tiny(vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("tiny"), start, TINY_ARGUMENTS)

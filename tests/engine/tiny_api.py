@@ -1,0 +1,264 @@
+"""The server that the tests of the API share: a tiny base, adapters with a plain effect, the expected answers."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.formats import write_portable
+from smoa_serve.spectral import even_ranks
+
+# The tiny tokenizer's words are t0 … t127; these take the place of the last ones, so that it can write JSON.
+JSON_WORDS = ("{", "}", ":", ",", '"name"', '"age"', '"ann"', '"bob"', "1", "2")
+
+
+# Below this distance between the best two tokens, the rounding of a batch may decide which one is chosen.
+NEAR_TIE = 1e-3
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy completion.
+
+    Attributes:
+        tokens: ids.
+        logprobs: of each.
+        margins: distance between the best two logprobs at each place.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+
+    def differs(self, expected: "Answer") -> str | None:
+        """Where this is not the expected answer; None when it is, up to a near tie."""
+        if len(self.tokens) != len(expected.tokens):
+            return f"{len(self.tokens)} tokens instead of {len(expected.tokens)}"
+        for place, token in enumerate(self.tokens):
+            if token != expected.tokens[place]:
+                tie = expected.margins[place] < NEAR_TIE
+                return None if tie else f"at {place}: {self.tokens} instead of {expected.tokens}"
+            if abs(self.logprobs[place] - expected.logprobs[place]) > LOGPROB_TOLERANCE:
+                return f"at {place}: logprob {self.logprobs[place]} instead of {expected.logprobs[place]}"
+        return None
+
+    @classmethod
+    def read(cls, logprobs: Any) -> "Answer":
+        """From the `logprobs` of a completion asked with `GREEDY`."""
+        tops = [sorted(top.values(), reverse=True) for top in logprobs.top_logprobs]
+        tokens = [int(token.removeprefix("token_id:")) for token in logprobs.tokens]
+        return cls(tokens, list(logprobs.token_logprobs), [top[0] - top[1] for top in tops])
+
+
+GREEDY: dict[str, Any] = {
+    "temperature": 0,
+    "logprobs": 2,
+    "extra_body": {"ignore_eos": True, "return_tokens_as_token_ids": True},
+}
+
+
+@dataclass(frozen=True)
+class MadeAdapter:
+    """An adapter on disk, and its dense updates by module."""
+
+    kind: str
+    rank: int
+    num_blocks: int
+    path: Path
+    deltas: Mapping[str, Tensor]
+
+
+def copy_base(base: Path, out: Path) -> Path:
+    """The same weights with a tokenizer that can write JSON."""
+    shutil.copytree(base, out)
+    file = out / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for index, word in enumerate(JSON_WORDS, start=len(vocabulary) - len(JSON_WORDS)):
+        del vocabulary[f"t{index}"]
+        vocabulary[word] = index
+    file.write_text(json.dumps(tokenizer))
+    return out
+
+
+def make_smoa(
+    base_path: Path, out: Path, *, rank: int, num_blocks: int, targets: Sequence[str], seed: int, hira: bool = False
+) -> MadeAdapter:
+    """A random portable adapter with random block ids; its update is about as large as the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    base = BaseCheckpoint.open(base_path)
+    ranks = even_ranks(rank, num_blocks)
+    widest, scaling = max(ranks), 2.0 if not hira else 1.0
+    modules = {}
+    for name in _targeted(base, targets):
+        h_out, h_in = base.shape(name)
+        row_block = (torch.randperm(h_out, generator=generator) % num_blocks).to(torch.int16)
+        col_block = (torch.randperm(h_in, generator=generator) % num_blocks).to(torch.int16)
+        a = torch.randn(widest, h_in, generator=generator)
+        b = torch.randn(h_out, widest, generator=generator) / (scaling * widest**0.5)
+        index, limit = torch.arange(widest), torch.tensor(ranks)
+        a[index[:, None] >= limit[col_block.long()][None, :]] = 0
+        b[index[None, :] >= limit[row_block.long()][:, None]] = 0
+        modules[name] = ModuleUpdate(a, b, row_block, col_block, ranks, scaling, base.fingerprint(name))
+    adapter = Adapter(
+        kind=AdapterKind.HIRA if hira else AdapterKind.SMOA,
+        modules=modules,
+        rank=rank,
+        num_blocks=num_blocks,
+        alpha=scaling * rank,
+        order=OrderStatus.NOT_NEEDED if hira else OrderStatus.RECORDED,
+    )
+    write_portable(adapter, out)
+    deltas = {name: update.dense(base.weight(name)) for name, update in modules.items()}
+    return MadeAdapter(adapter.kind.value, rank, num_blocks, out, deltas)
+
+
+def make_lora(base_path: Path, out: Path, *, rank: int, targets: Sequence[str], seed: int) -> MadeAdapter:
+    """A random LoRA adapter as PEFT writes it; its update is about as large as the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    base = BaseCheckpoint.open(base_path)
+    out.mkdir(parents=True)
+    tensors, deltas = {}, {}
+    for name in _targeted(base, targets):
+        h_out, h_in = base.shape(name)
+        a = torch.randn(rank, h_in, generator=generator)
+        b = torch.randn(h_out, rank, generator=generator) * base.weight(name).std() / (2 * rank**0.5)
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        deltas[name] = 2.0 * b @ a
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "bias": "none"}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return MadeAdapter("lora", rank, 1, out, deltas)
+
+
+def _targeted(base: BaseCheckpoint, targets: Sequence[str]) -> list[str]:
+    return [name for name in base.linear_modules if name.rpartition(".")[2] in targets]
+
+
+class Reference:
+    """transformers on merged weights, float32: the expected answers."""
+
+    def __init__(self, base: Path, adapters: Mapping[str, MadeAdapter]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        self._stored = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self._adapters = adapters
+        self._merged: str | None = None
+        self._greedy: dict[tuple[str | None, tuple[int, ...]], tuple[list[int], list[Tensor]]] = {}
+
+    @torch.inference_mode()
+    def logprobs(self, name: str | None, tokens: Sequence[int]) -> Tensor:
+        """[len(tokens), vocabulary]: after each token. None is the base model."""
+        if name != self._merged:
+            state: dict[str, Any] = dict(self._stored)
+            for module, delta in self._adapters[name].deltas.items() if name else ():
+                state[f"{module}.weight"] = state[f"{module}.weight"] + delta
+            self._model.load_state_dict(state)
+            self._merged = name
+        logits: Tensor = self._model(torch.tensor([list(tokens)])).logits[0]
+        return torch.log_softmax(logits, -1)
+
+    def greedy(self, name: str | None, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
+        """The tokens that follow, and the logprobs [count, vocabulary] they were chosen by."""
+        tokens, rows = self._greedy.setdefault((name, tuple(prompt)), ([], []))
+        while len(tokens) < count:
+            rows.append(self.logprobs(name, [*prompt, *tokens])[-1])
+            tokens.append(int(rows[-1].argmax()))
+        return tokens[:count], torch.stack(rows[:count])
+
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+SMOA: dict[str, dict[str, Any]] = {
+    "smoa-r8-k2": {"rank": 8, "num_blocks": 2, "targets": ATTENTION + MLP},
+    "smoa-r16-k4": {"rank": 16, "num_blocks": 4, "targets": ("q_proj", "v_proj", *MLP)},
+    "smoa-r7-k3": {"rank": 7, "num_blocks": 3, "targets": ("o_proj", "down_proj", "k_proj")},
+    "smoa-r8-k1": {"rank": 8, "num_blocks": 1, "targets": ATTENTION},
+    "hira-r4": {"rank": 4, "num_blocks": 1, "targets": ("q_proj", "up_proj", "down_proj"), "hira": True},
+}
+BASE = "base-model"
+API_KEY = "sesame"
+NUM_SLOTS, HOST_ADAPTERS = 4, 6
+
+
+class Tiny:
+    """The tiny base on a server with `NUM_SLOTS` slots and host memory for `HOST_ADAPTERS` adapters.
+
+    Attributes:
+        server: asks for an API key.
+        client: the official one, with the key.
+        base: folder of the base, whose tokenizer can write JSON.
+        root: folder that adapters may be loaded from.
+        adapters: loaded at start-up by name; a test that unloads one loads it again.
+        models: every name that can be asked for.
+        reference: transformers on merged weights.
+    """
+
+    def __init__(self, server: Any, base: Path, root: Path, adapters: dict[str, MadeAdapter]) -> None:
+        self.server, self.base, self.root, self.adapters = server, base, root, adapters
+        self.models = [BASE, *adapters]
+        self.reference = Reference(base, adapters)
+        self.client = server.client()
+        self._solo: dict[tuple[str, tuple[int, ...], int], Answer] = {}
+
+    def make(self, name: str, seed: int, **facts: Any) -> MadeAdapter:
+        """Another SMoA adapter below the root, on every linear layer unless told otherwise."""
+        return make_smoa(
+            self.base, self.root / name, seed=seed, **({"rank": 8, "num_blocks": 2, "targets": ATTENTION + MLP} | facts)
+        )
+
+    def ask(self, model: str, prompt: Sequence[int], max_tokens: int = 8) -> Answer:
+        """A greedy completion."""
+        completion = self.client.completions.create(model=model, prompt=list(prompt), max_tokens=max_tokens, **GREEDY)
+        assert completion.model == model
+        return Answer.read(completion.choices[0].logprobs)
+
+    def load(self, name: str, path: Path | str, *, load_inplace: bool = False) -> httpx.Response:
+        """POST /v1/load_lora_adapter."""
+        body = {"lora_name": name, "lora_path": str(path), "load_inplace": load_inplace}
+        return self.server.post("/v1/load_lora_adapter", body)
+
+    def unload(self, name: str) -> httpx.Response:
+        """POST /v1/unload_lora_adapter."""
+        return self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def solo(self, model: str, prompt: Sequence[int], max_tokens: int = 8) -> Answer:
+        """The answer of an adapter loaded at start-up; asked once."""
+        key = (model, tuple(prompt), max_tokens)
+        if key not in self._solo:
+            self._solo[key] = self.ask(model, prompt, max_tokens)
+        return self._solo[key]
+
+    def residence(self) -> dict[str, str]:
+        """Where every revision in the engine resides, by its number there: loaded ones and those that still drain."""
+        response = self.server.post("/collective_rpc", {"method": "smoa_status"})
+        return dict(response.raise_for_status().json()["results"][0]["residence"])
+
+
+def start_tiny(recorded_base: Path, folder: Path, start: Callable[..., Any], arguments: Sequence[str]) -> Tiny:
+    """Make everything and start the server."""
+    base, root = copy_base(recorded_base, folder / "base"), folder / "adapters"
+    adapters = {name: make_smoa(base, root / name, seed=seed, **SMOA[name]) for seed, name in enumerate(SMOA)}
+    adapters["lora-r4"] = make_lora(base, root / "lora-r4", rank=4, targets=ATTENTION + MLP, seed=9)
+    line = f"--served-model-name {BASE} --api-key {API_KEY} --max-lora-rank 8"
+    slots = f"--max-loras {NUM_SLOTS} --max-cpu-loras {HOST_ADAPTERS}"
+    modules = [f"{name}={adapter.path}" for name, adapter in adapters.items()]
+    environment = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "SMOA_ALLOW_PICKLE": "1",
+        "SMOA_ADAPTER_ROOTS": str(root),
+    }
+    server = start(base, *arguments, *line.split(), *slots.split(), "--lora-modules", *modules, **environment)
+    server.api_key = API_KEY
+    return Tiny(server, base, root, adapters)
