@@ -4,11 +4,15 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Read when torch is first imported: with busy-waiting threads small SVDs take up to 90 times longer on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +46,9 @@ def private_folders(session_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def make_base(tmp_path: Path) -> Callable[..., Path]:
     """Write a base checkpoint from single tensors: `make_base({"model.norm.weight": ...}, model_type="llama")`."""
 
-    def make(tensors: Mapping[str, Tensor], *, name: str = "base", **config: Any) -> Path:
+    from safetensors.torch import save_file
+
+    def make(tensors: "Mapping[str, Tensor]", *, name: str = "base", **config: Any) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
