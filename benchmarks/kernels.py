@@ -1,15 +1,14 @@
 """Time of `smoa_delta` next to the base GEMM of the same layer, on the CPU.
 
 Layers have the shapes of Qwen2.5-0.5B. As in a model, each call meets another layer's weights: copies of the layer are
-used in turn, more than the last-level cache holds.
+used in turn, more than the last-level cache holds. All candidates run in turn too, so that a busy machine slows all.
 """
 
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "gate_up": (896, (4864, 4864)),
     "down": (4864, (896,)),
 }
-COLD_BYTES = 96 << 20
-# (r, K), then (tokens, adapters): decode of 1 and 16 tokens, prefill of one and of four prompts.
-CONFIGURATIONS = ((16, 4), (16, 8), (32, 8), (16, 1))
-STEPS = ((1, 1), (16, 16), (16, 2), (128, 1), (512, 4))
+SLOTS = 16
+COLD_BYTES = 64 << 20
+# (r, K), then (tokens, adapters): decode of 1 and 16 tokens, prefill of one prompt and of four.
+CONFIGURATIONS = ((16, 4), (16, 8), (32, 8))
+STEPS = ((1, 1), (16, 16), (128, 1), (512, 4))
 QUICK_CONFIGURATIONS, QUICK_STEPS = ((16, 4), (32, 8)), ((16, 16), (128, 1))
 
 
@@ -47,83 +47,108 @@ def run(quick: bool) -> list[dict[str, object]]:
 
     Args:
         quick: fewer cases and repetitions.
+
+    Returns:
+        Rows with best and median microseconds of: base (the GEMM of oneDNN), each implementation of the delta, lora (a
+        LoRA delta of as many parameters, in torch), and each best time as a share of the base's.
     """
     rows: list[dict[str, object]] = []
     for rank, blocks in QUICK_CONFIGURATIONS if quick else CONFIGURATIONS:
         for name in LAYERS:
-            by_implementation = {
-                implementation: _layers(name, rank, blocks, implementation)
+            layers: dict[str, list[Layer]] = {
+                implementation: _copies(name, rank, blocks, implementation)
                 for implementation in ("cpp", "torch")
                 if implementation in available_implementations("cpu", torch.bfloat16)
             }
             for tokens, adapters in QUICK_STEPS if quick else STEPS:
-                setup = Setup(name, rank, blocks, tokens, adapters)
-                rows.append(_measure(setup, by_implementation, 15 if quick else 40))
+                rows.append(_measure(Setup(name, rank, blocks, tokens, adapters), layers, 15 if quick else 40))
     return rows
 
 
-def _layers(name: str, rank: int, blocks: int, implementation: str) -> list[Layer]:
+def _copies(name: str, rank: int, blocks: int, implementation: str) -> list[Layer]:
     generator = torch.Generator().manual_seed(0)
     h_in, slices = LAYERS[name]
-    copies = max(2, -(-COLD_BYTES // (2 * h_in * sum(slices))))
     cols = random_blocks(h_in, blocks, generator)
     ranks = [rank // blocks] * blocks
+    updates = [random_update(random_blocks(size, blocks, generator), cols, ranks, generator) for size in slices]
     layers = []
-    for _ in range(copies):
+    for _ in range(max(2, -(-COLD_BYTES // (2 * h_in * sum(slices))))):
         layer = random_layer(
-            h_in, slices, slots=16, max_rank=rank // blocks, dtype=torch.bfloat16, generator=generator,
+            h_in, slices, slots=SLOTS, max_rank=rank // blocks, dtype=torch.bfloat16, generator=generator,
             implementation=implementation,
         )  # fmt: skip
-        rows = [random_blocks(size, blocks, generator) for size in slices]
-        for slot in range(16):
-            layer.bank.set(slot, [random_update(row, cols, ranks, generator) for row in rows])
+        for slot in range(SLOTS):
+            layer.bank.set(slot, updates)
         layers.append(layer)
     return layers
 
 
-def _measure(setup: Setup, by_implementation: dict[str, list[Layer]], repetitions: int) -> dict[str, object]:
+def _measure(setup: Setup, layers: dict[str, list[Layer]], repetitions: int) -> dict[str, object]:
     h_in, slices = LAYERS[setup.layer]
-    plan = StepPlan(setup.tokens, 16, "cpu")
-    plan.update([t * setup.adapters // setup.tokens for t in range(setup.tokens)])
+    slots = torch.arange(setup.tokens) * setup.adapters // setup.tokens
+    plan = StepPlan(setup.tokens, SLOTS, "cpu")
+    plan.update(slots.numpy())
     x = torch.randn(setup.tokens, h_in, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = torch.zeros(setup.tokens, sum(slices), dtype=torch.bfloat16)
-    first = next(iter(by_implementation.values()))
-    _gate(y, x, plan, first[0], list(by_implementation))
-    weights = cycle([torch.cat(layer.weights) for layer in first])
-    times = {"base": _median_us(lambda: F.linear(x, next(weights)), repetitions)}
-    for implementation, layers in by_implementation.items():
-        times[implementation] = _median_us(_delta(y, x, plan, cycle(layers), implementation), repetitions)
+    _gate(y, x, plan, {implementation: copies[0] for implementation, copies in layers.items()})
+    first = next(iter(layers.values()))
+    first = next(iter(layers.values()))
+    weights = [torch.cat(layer.weights) for layer in first]
+
+    def delta(implementation: str) -> Callable[[int], object]:
+        banks = [layer.bank for layer in layers[implementation]]
+        return lambda i: smoa_delta(y, x, banks[i % len(banks)], plan, implementation)
+
+    times = _times_us(
+        {
+            "base": lambda i: F.linear(x, weights[i % len(weights)]),
+            **{implementation: delta(implementation) for implementation in layers},
+            "lora": lambda i: _lora(y, x, first[i % len(first)], slots),
+        },
+        repetitions,
+    )
+    best = {name: min(values) for name, values in times.items()}
     return {
         **vars(setup),
-        **{f"{name}_us": round(us, 1) for name, us in times.items()},
-        **{f"{name}_over_base": round(us / times["base"], 3) for name, us in times.items() if name != "base"},
+        **{f"{name}_us": round(us, 1) for name, us in best.items()},
+        **{f"{name}_median_us": round(statistics.median(values), 1) for name, values in times.items()},
+        **{f"{name}_over_base": round(us / best["base"], 3) for name, us in best.items() if name != "base"},
         "hardware": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def _gate(y: Tensor, x: Tensor, plan: StepPlan, layer: Layer, implementations: list[str]) -> None:
+def _gate(y: Tensor, x: Tensor, plan: StepPlan, layers: dict[str, Layer]) -> None:
     """No number without a right result."""
-    expected = torch.zeros_like(y)
-    smoa_delta(expected, x, layer.bank, plan, "reference")
-    for implementation in implementations:
-        found = torch.zeros_like(y)
+    for implementation, layer in layers.items():
+        expected, found = torch.zeros_like(y), torch.zeros_like(y)
+        smoa_delta(expected, x, layer.bank, plan, "reference")
         smoa_delta(found, x, layer.bank, plan, implementation)
         assert_close(found, expected)
 
 
-def _delta(y: Tensor, x: Tensor, plan: StepPlan, layers: Iterator[Layer], implementation: str) -> Callable[[], object]:
-    return lambda: smoa_delta(y, x, next(layers).bank, plan, implementation)
+def _lora(y: Tensor, x: Tensor, layer: Layer, slots: Tensor) -> None:
+    """Shrink and expand with the factors of the slots read as LoRA's: as many parameters, no base weight."""
+    offset = 0
+    for a, b in zip(layer.bank.a, layer.bank.b, strict=True):
+        if slots[0] == slots[-1]:
+            slot = int(slots[0])
+            y[:, offset : offset + b.shape[2]].addmm_(x @ a[slot].T, b[slot])
+        else:
+            shrunk = torch.bmm(x[:, None], a[slots].transpose(1, 2))  # [T, 1, R]
+            y[:, offset : offset + b.shape[2]] += torch.bmm(shrunk, b[slots])[:, 0]
+        offset += b.shape[2]
 
 
-def _median_us(call: Callable[[], object], repetitions: int) -> float:
-    times = []
-    for _ in range(repetitions + 3):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[3:])
+def _times_us(calls: dict[str, Callable[[int], object]], repetitions: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repetitions + 3):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(i)
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: values[3:] for name, values in times.items()}
 
 
 def _processor() -> str:

@@ -1,5 +1,7 @@
 """Fixtures shared by the kernel tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,5 +13,8 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)

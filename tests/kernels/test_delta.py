@@ -26,6 +26,7 @@ OPS: dict[str, Op] = {
 CASES = [
     (name, dtype) for name in OPS for dtype in DTYPES if name.split("-")[0] in available_implementations("cpu", dtype)
 ]
+OPS_HERE = {name for name, _ in CASES}
 every_op = pytest.mark.parametrize(
     ("op", "dtype"),
     [(OPS[name], dtype) for name, dtype in CASES],
@@ -98,6 +99,26 @@ def test_small_batches(op, dtype, slots, generator):
     layer = random_layer(24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator)
     fill(layer.bank, {1: (2, 2)}, generator)
     check(op, layer.bank, slots, generator)
+
+
+@every_op
+def test_more_tokens_than_are_summed_at_once(op, dtype, generator):
+    layer = random_layer(96, (80,), slots=70, max_rank=2, dtype=dtype, generator=generator)
+    fill(layer.bank, dict.fromkeys(range(0, 70, 2), (2, 1)), generator)
+    check(op, layer.bank, workload("distinct", 150, 70), generator)
+
+
+@every_op
+def test_the_result_does_not_depend_on_the_other_adapters_of_the_batch(op, dtype, generator):
+    layer = random_layer(64, (48,), slots=3, max_rank=4, dtype=dtype, generator=generator)
+    fill(layer.bank, {0: (4, 4), 1: (4, 4), 2: (2,) * 4}, generator)
+    x, results = torch.randn(7, 64, generator=generator).to(dtype), []
+    for slots in ([0] * 7, [0, 1, 2, 0, 1, 2, -1]):
+        plan = StepPlan(7, 3, "cpu")
+        plan.update(slots)
+        results.append(torch.zeros(7, 48, dtype=dtype))
+        op(results[-1], x, layer.bank, plan)
+    assert_close(results[1][[0, 3]], results[0][[0, 3]])
 
 
 @every_op
@@ -196,6 +217,20 @@ def test_equal_inputs_give_equal_bits(op, dtype, generator):
         op(results[-1], x, layer.bank, plan)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
+def test_the_number_of_threads_does_not_change_a_bit(generator):
+    layer = random_layer(96, (200, 40), slots=4, max_rank=4, dtype=torch.bfloat16, generator=generator)
+    fill(layer.bank, {0: (4, 4), 1: (4,) * 4, 2: (2, 2), 3: (1,)}, generator)
+    plan = StepPlan(60, 4, "cpu")
+    plan.update(workload("zipf", 60, 4))
+    x, results = torch.randn(60, 96, generator=generator).bfloat16(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(torch.zeros(60, 240, dtype=torch.bfloat16))
+        smoa_delta_cpp(results[-1], x, layer.bank, plan)
+    assert torch.equal(*results)
 
 
 def test_the_default_serves_every_dtype(generator):

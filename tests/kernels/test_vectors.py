@@ -31,13 +31,19 @@ def recorded_update(case, tensors) -> SliceUpdate:
     return SliceUpdate(a, b, row_block, col_block, case["scaling"])
 
 
-@pytest.mark.parametrize("implementation", available_implementations("cpu", torch.bfloat16))
-@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+RUNS = [
+    (case, implementation)
+    for case in CASES
+    for implementation in available_implementations("cpu", getattr(torch, case["dtype"]))
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"), RUNS, ids=[f"{case['name']}-{implementation}" for case, implementation in RUNS]
+)
 def test_recorded_layer(case, implementation):
     tensors = load_file(ROOT / case["file"])
     weight = tensors["W"].T.contiguous() if case["fan_in_fan_out"] else tensors["W"]
-    if implementation not in available_implementations("cpu", weight.dtype):
-        pytest.skip(f"{implementation} does not take {weight.dtype}")
     update = recorded_update(case, tensors)
     assert_close(
         dense_delta(update, weight).to(weight.dtype), tensors["delta"].T if case["fan_in_fan_out"] else tensors["delta"]

@@ -22,25 +22,30 @@ static void sort_row(const bf16* x, const Partition& part, bf16* sorted) {
   }
 }
 
-static void expand_row(const bf16* sorted, const bf16* a, const Partition& part, const Job& job, int64_t row,
-                       bf16* rows) {
+// The rows a_rho * x of one token.
+static void expand_rows(const bf16* sorted, const bf16* a, int64_t a_stride, int64_t rank, const Job& job,
+                        int64_t row) {
+  const Partition& part = *job.partition;
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
-    const bf16* x = sorted + block.packed_col;
-    bf16* out = rows + job.num_rows() * block.packed_col + row * block.packed_cols();
+    const bf16* factors = a + block.col_start;
+    bf16* out = job.row(block, row);
     for (int64_t j = 0; j < block.packed_cols(); j += kLanes) {
-      const __mmask16 lanes = first_lanes(block.cols - j);
-      const __m512 value = _mm512_mul_ps(widen(load_lanes(x + j, lanes)), widen(load_lanes(a + block.col_start + j, lanes)));
-      _mm256_mask_storeu_epi16(out + j, first_lanes(block.packed_cols() - j), narrow(value));
+      const __mmask16 lanes = first_lanes(block.cols - j), padded = first_lanes(block.packed_cols() - j);
+      const __m512 x = widen(load_lanes(sorted + block.packed_col + j, lanes));
+      for (int64_t rho = 0; rho < rank; ++rho) {
+        const __m512 value = _mm512_mul_ps(x, widen(load_lanes(factors + rho * a_stride + j, lanes)));
+        _mm256_mask_storeu_epi16(out + rho * block.packed_cols() + j, padded, narrow(value));
+      }
     }
   }
 }
 
-static void copy_row(const bf16* sorted, const Partition& part, const Job& job, int64_t row, bf16* rows) {
+static void copy_row(const bf16* sorted, const Job& job, int64_t row) {
+  const Partition& part = *job.partition;
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
-    std::memcpy(rows + job.num_rows() * block.packed_col + row * block.packed_cols(), sorted + block.packed_col,
-                block.packed_cols() * sizeof(bf16));
+    std::memcpy(job.row(block, row), sorted + block.packed_col, block.packed_cols() * sizeof(bf16));
   }
 }
 
@@ -63,13 +68,10 @@ static void pair_ranks(const bf16* a, int64_t stride, int64_t rank, const Partit
 static void prepare(const Call& call, const Job& job, const Row& source, bf16* sorted) {
   const Partition& part = *job.partition;
   sort_row(call.x + source.token * call.x_stride, part, sorted);
-  if (source.rank == 0) {
-    copy_row(sorted, part, job, source.row, job.rows);
-    return;
-  }
-  const bf16* a = call.factor_a(job.slice, source.slot);
-  for (int64_t rho = 0; rho < source.rank; ++rho)
-    expand_row(sorted, a + rho * call.h_in, part, job, source.row + rho, job.rows);
+  if (source.rank == 0)
+    copy_row(sorted, job, source.row);
+  else
+    expand_rows(sorted, call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
 }
 
 template <int P, int R>
@@ -130,13 +132,11 @@ static void for_tiles(int64_t rows, F&& f) {
 template <int P>
 static void expand_panels(const Call& call, const Job& job, const Tile& t, Ahead ahead) {
   float sums[kTokenChunk][kMaxPanels][kLanes];
-  const bf16* rows = job.rows + job.num_rows() * t.block->packed_col;
-  const int64_t row_size = t.block->packed_cols();
   for (const Chunk& chunk : job.chunks) {
     std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
     for_tiles<max_tile_rows(P)>(chunk.num_rows, [&](int64_t start, auto size) {
       const int64_t row = chunk.first_row + start;
-      expand_tile<P, size>(t, rows + row * row_size, &job.expanded[row], sums, chunk.first_token, ahead.take());
+      expand_tile<P, size>(t, job.row(*t.block, row), &job.expanded[row], sums, chunk.first_token, ahead.take());
     });
     for_tiles<8>(chunk.num_tokens, [&](int64_t start, auto size) {
       const int64_t first = start;
@@ -165,7 +165,7 @@ static void modulate_group(const Call& call, const Job& job, const Tile& t, cons
   const int64_t row_size = t.block->packed_cols();
   modulate_panels<P>(t.weights, t.panel_stride, group.a_pairs + t.block->packed_col, job.partition->packed_cols, b,
                      rank_pairs, row_size / 2, space.panels);
-  const bf16* rows = job.rows + job.num_rows() * t.block->packed_col + group.first_row * row_size;
+  const bf16* rows = job.row(*t.block, group.first_row);
   for_tiles<max_tile_rows(P)>(group.num_tokens, [&](int64_t start, auto size) {
     plain_tile<P, size>(call, job, t, space.panels, rows + start * row_size, group.tokens + start);
   });

@@ -87,6 +87,9 @@ struct Job {  // one partition of one slice: expanded rows first, then the rows 
   std::vector<ModulateGroup> groups;
   int64_t plain_rows = 0;
   int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
+  bf16* row(const Block& block, int64_t i) const {
+    return rows + num_rows() * block.packed_col + i * block.packed_cols();
+  }
 };
 
 struct Tile {  // some panels of one block: the unit of parallel work
