@@ -70,6 +70,11 @@ def vllm_environment(folder: Path, **extra: str) -> dict[str, str]:
         "VLLM_PLUGINS": "smoa_serve",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # A thread per operator: a tiny model gains nothing from more, and threads that wait for each other on a busy
+        # machine make a step thirty times slower.
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "HF_HUB_OFFLINE": "1",
         "SMOA_STORE_DIR": str(folder / "store"),
         "SMOA_CACHE_DIR": str(folder / "cache"),
@@ -126,6 +131,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 TINY_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--enable-lora")
 
 
+def _load_module(file: str) -> Any:
+    name = f"smoa_test_{Path(file).stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Starts servers that live until the session ends."""
@@ -153,6 +169,12 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def makers() -> Any:
+    """The module makers.py; test folders are no packages, so it is loaded by its path."""
+    return _load_module("makers.py")
+
+
+@pytest.fixture(scope="session")
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`with in_process(base, **engine_arguments) as engine`: an engine in this process, float32 and eager."""
     folder = tmp_path_factory.mktemp("in-process")
@@ -161,8 +183,12 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     @contextmanager
     def start_engine(base: Path, **arguments: Any) -> Iterator[Any]:
+        import torch
+
         from smoa_serve.plugin import register
 
+        # OMP_NUM_THREADS comes too late for a process that has imported torch.
+        torch.set_num_threads(1)
         register()
         from vllm import LLM
 
@@ -178,10 +204,5 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny(vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One server for all tests of the API, with more adapters than slots; see tiny_api.py."""
-    spec = importlib.util.spec_from_file_location("smoa_tiny_api", Path(__file__).with_name("tiny_api.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = _load_module("tiny_api.py")
     return module.start_tiny(vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("tiny"), start, TINY_ARGUMENTS)
