@@ -185,7 +185,7 @@ def _published(source: Source, options: LoadOptions, *, base_match: str | None, 
     modules = pick_adapter(source, sort_tensors(source.read(options), SMOA_KEY), options.adapter_name)
     reports = []
     for name, factors in modules.items():
-        ranks = {k: t.shape[0] for (side, k), t in factors.items() if side == "A"}
+        ranks = {k: t.shape[0] for (side, k), t in factors.items() if side == "A" and t.dim() == 2}
         reports.append(
             ModuleReport(name, None, tuple(ranks.get(k, 0) for k in range(max(ranks, default=-1) + 1)), None)
         )

@@ -249,6 +249,29 @@ def test_rank_blocks_and_targets_may_follow_from_the_shapes(small: Small) -> Non
     assert small.load().digest == digest
 
 
+def test_shapes_that_leave_the_blocks_open_are_refused(small: Small) -> None:
+    del small.config["num_blocks"], small.config["r"]
+    small.tensors[f"base_model.model.{Q}.lora_A.0.weight"] = torch.zeros(2, 3)
+    assert small.reasons() == [
+        "no number of blocks fits the shapes of the factors; give r and num_blocks in the configuration"
+    ]
+    small.config["r"] = 7
+    small.tensors[f"base_model.model.{Q}.lora_A.0.weight"] = torch.zeros(2, 4)
+    assert small.reasons() == ["the factors have a total rank of 3, but r=7"]
+
+
+def test_reasons_of_every_sort_come_in_one_message(small: Small) -> None:
+    small.config["target_modules"] = ["q_proj", "v_proj", "gate_proj"]
+    small.tensors["base_model.model.score.weight"] = torch.zeros(2, 2)
+    small.tensors[f"base_model.model.{Q}.lora_A.0.weight"] = torch.zeros(2, 5)
+    assert small.reasons(LoadOptions(max_rank=1)) == [
+        "score.weight is no factor of a SMOA adapter",
+        "target_modules: 'gate_proj' names no linear layer of the base",
+        "its widest branch has rank 2, the limit is 1 (--max-lora-rank)",
+        f"{Q}.lora_A.0 has shape [2, 5], expected [2, 4]",
+    ]
+
+
 def test_alpha_never_follows_from_the_shapes(small: Small) -> None:
     del small.config["lora_alpha"]
     assert small.reasons() == ["adapter_config.json: the key 'lora_alpha' is missing"]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..adapter import ModuleUpdate, WeightFingerprint
-from ..errors import AdapterError
 from ..spectral import block_pieces, even_ranks
 from .config import PublishedConfig
 from .factor_keys import Slot, tensor_reasons
@@ -81,40 +80,40 @@ def piece_sizes(size: int, num_blocks: int) -> list[int]:
 
 
 def branch_ranks(
-    source: object, config: PublishedConfig, modules: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]
-) -> tuple[int, ...]:
+    config: PublishedConfig, modules: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[int, ...], list[str]]:
     """r_k of each block, by the configuration and, for what it leaves out, by the shapes of the factors.
 
     Args:
-        source: for the message.
         config: published configuration.
         modules: module → factors.
         shapes: module → (H_out, H_in) of the base, for those of `modules` that the base has.
 
-    Raises:
-        AdapterError: the shapes leave it open.
+    Returns:
+        The ranks, and why they cannot be told (then the ranks are empty).
     """
     if config.branch_ranks is not None:
-        return tuple(config.branch_ranks)
+        return tuple(config.branch_ranks), []
     if config.r is not None and config.num_blocks is not None:
-        return even_ranks(config.r, config.num_blocks)
-    found = {k: t.shape[0] for factors in modules.values() for (side, k), t in factors.items() if side == "A"}
+        return even_ranks(config.r, config.num_blocks), []
+    first = (factors.items() for factors in modules.values())
+    found = {k: t.shape[0] for items in first for (side, k), t in items if side == "A" and t.dim() == 2}
     least = max(found, default=0) + 1
     largest = max((max(shape) for shape in shapes.values()), default=least)
     counts = [config.num_blocks] if config.num_blocks else range(least, largest + 1)
     fitting = [count for count in counts if all(_fits(modules[name], shapes[name], count) for name in shapes)]
     if len(fitting) != 1:
         what = "no number of blocks fits" if not fitting else f"{fitting[0]} and {fitting[1]} blocks fit"
-        raise AdapterError(source, f"{what} the shapes of the factors; give r and num_blocks in the configuration")
+        return (), [f"{what} the shapes of the factors; give r and num_blocks in the configuration"]
     ranks = tuple(found.get(k, 0) for k in range(fitting[0]))
     if config.r is not None and sum(ranks) != config.r:
-        raise AdapterError(source, f"the factors have a total rank of {sum(ranks)}, but r={config.r}")
-    return ranks
+        return (), [f"the factors have a total rank of {sum(ranks)}, but r={config.r}"]
+    return ranks, []
 
 
 def _fits(factors: Factors, shape: tuple[int, int], num_blocks: int) -> bool:
     rows, cols = (piece_sizes(size, num_blocks) for size in shape)
     return all(
-        k < num_blocks and (t.shape[1] == cols[k] if side == "A" else t.shape[0] == rows[k])
+        t.dim() == 2 and k < num_blocks and (t.shape[1] == cols[k] if side == "A" else t.shape[0] == rows[k])
         for (side, k), t in factors.items()
     )

@@ -27,6 +27,7 @@ HARMLESS = frozenset(
 
 Rank = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+Blocks = Annotated[int, Field(strict=True, ge=1, le=2**15 - 1)]  # a block id is an int16 in memory
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Names = list[str] | str
 
@@ -75,7 +76,7 @@ class PublishedConfig(AdapterConfig):
 
     peft_type: Literal["SMOA"]
     r: Rank | None = None
-    num_blocks: Count | None = None
+    num_blocks: Blocks | None = None
     branch_ranks: list[Rank] | None = None
     lora_alpha: Number
 
@@ -130,7 +131,7 @@ class PortableConfig(BaseModel):
     kind: AdapterKind
     digest: str
     rank: Rank
-    num_blocks: Count
+    num_blocks: Blocks
     alpha: Number
     order: OrderStatus
     base_model_name_or_path: str | None = None

@@ -124,11 +124,13 @@ def _factor_reasons(name: str, factors: Factors, config: HiraConfig, base: BaseC
     if missing:
         return missing
     a, b = factors["A", 0], factors["B", 0]
+    if a.dim() != 2 or b.dim() != 2:
+        return [f"{name}: the factors have shapes {list(a.shape)} and {list(b.shape)}, expected two matrices"]
     known = base is not None and name in base.linear_modules
-    rows, cols = base.shape(name) if base is not None and known else (b.shape[0], a.shape[-1])
+    rows, cols = base.shape(name) if base is not None and known else (b.shape[0], a.shape[1])
     # PEFT up to 0.21 stores rank_pattern and gives every module rank r all the same.
     allowed = {config.r, *(config.rank_pattern or {}).values()}
-    rank = a.shape[0] if a.dim() and a.shape[0] in allowed else config.r
+    rank = a.shape[0] if a.shape[0] in allowed else config.r
     reasons = tensor_reasons(f"{name}.hira_A", a, (rank, cols)) + tensor_reasons(f"{name}.hira_B", b, (rows, rank))
     if a.dtype != b.dtype:
         reasons.append(f"{name}: the factors have several dtypes")

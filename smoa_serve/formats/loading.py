@@ -9,7 +9,7 @@ from ..errors import AdapterError
 from ..order_cache import Progress
 from .config import is_portable, kind_of
 from .hira import load_hira
-from .options import LoadOptions
+from .options import LoadOptions, limit_reasons
 from .portable import load_portable
 from .published import load_published
 from .source import Source, open_source
@@ -49,7 +49,7 @@ def load_adapter(
     """
     source = open_source(path, options)
     adapter = _read(source, base, options, progress)
-    reasons = _limit_reasons(adapter, options)
+    reasons = _option_reasons(adapter, options)
     if reasons:
         raise AdapterError(source.name, reasons)
     if base is not None:
@@ -72,12 +72,8 @@ def _read(source: Source, base: BaseCheckpoint | None, options: LoadOptions, pro
     return load_published(source, base, options, progress)
 
 
-def _limit_reasons(adapter: Adapter, options: LoadOptions) -> list[str]:
-    reasons = []
-    if options.max_rank is not None and adapter.max_rank > options.max_rank:
-        reasons.append(
-            f"its widest branch has rank {adapter.max_rank}, the limit is {options.max_rank} (--max-lora-rank)"
-        )
+def _option_reasons(adapter: Adapter, options: LoadOptions) -> list[str]:
+    reasons = limit_reasons(adapter.max_rank, options)
     if options.strict_order:
         reasons += [
             f"{name}: the spectral order is not fully determined, expected error of the update {update.order_error:.3f}"

@@ -80,7 +80,9 @@ def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
     if reasons:
         raise AdapterError(source.name, reasons)
     reasons = _pair_reasons(files)
-    if not reasons and base is not None:
+    if reasons:
+        raise AdapterError(source.name, reasons)
+    if base is not None:
         reasons = _binding_reasons(files, base)
     if options.max_rank is not None and files.rank > options.max_rank:
         reasons.append(f"it has rank {files.rank}, the limit is {options.max_rank} (--max-lora-rank)")

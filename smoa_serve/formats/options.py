@@ -26,3 +26,10 @@ class LoadOptions:
     max_rank: int | None = None
     trained_dtype: str | None = None
     check_device: str = "cpu"
+
+
+def limit_reasons(rank: int, options: LoadOptions) -> list[str]:
+    """Why an adapter whose widest branch has this rank cannot be taken."""
+    if options.max_rank is None or rank <= options.max_rank:
+        return []
+    return [f"its widest branch has rank {rank}, the limit is {options.max_rank} (--max-lora-rank)"]

@@ -16,7 +16,7 @@ from ..stored_tensors import tensor_bytes
 from .canonical import Factors, branch_ranks, canonical_update, factor_reasons
 from .config import PublishedConfig, parse_config
 from .factor_keys import SMOA_KEY, foreign_reasons, pick_adapter, sort_tensors
-from .options import LoadOptions
+from .options import LoadOptions, limit_reasons
 from .source import Source
 from .target_check import target_reasons
 
@@ -40,22 +40,7 @@ def load_published(
     config = parse_config(PublishedConfig, source.name, source.config)
     found = sort_tensors(source.read(options), SMOA_KEY)
     modules = pick_adapter(source, found, options.adapter_name)
-    shapes = {name: base.shape(name) for name in modules if name in base.linear_modules}
-    reasons = foreign_reasons(source, found.others)
-    if base.is_quantized:
-        reasons.append(
-            "the base is quantized, and the order of a published SMoA adapter can only be derived from the weights it "
-            "was trained on; convert it to the portable format with the original base"
-        )
-    if reasons or not modules:
-        raise AdapterError(source.name, reasons or "the file holds no SMoA factors, nothing would be bound")
-    ranks = branch_ranks(source.name, config, modules, shapes)
-    reasons = target_reasons(config, modules, base)
-    for name, shape in shapes.items():
-        reasons += factor_reasons(name, modules[name], shape, ranks)
-        reasons += _trained_weight_reasons(name, found.others, base)
-    if reasons:
-        raise AdapterError(source.name, reasons)
+    ranks = _checked_ranks(source, config, modules, found.others, base, options)
     total = sum(ranks)
     scaling = config.lora_alpha / total if total else 1.0
     orders = _orders(modules, found.others, base, options, progress)
@@ -69,6 +54,36 @@ def load_published(
         order=OrderStatus.RECOMPUTED,
         base_model=config.base_model_name_or_path,
     )
+
+
+def _checked_ranks(
+    source: Source,
+    config: PublishedConfig,
+    modules: Mapping[str, Factors],
+    others: Mapping[str, Tensor],
+    base: BaseCheckpoint,
+    options: LoadOptions,
+) -> tuple[int, ...]:
+    """The rank of each block, once nothing speaks against the adapter. Costs no SVD."""
+    reasons = foreign_reasons(source, others)
+    if base.is_quantized:
+        reasons.append(
+            "the base is quantized, and the order of a published SMoA adapter can only be derived from the weights it "
+            "was trained on; convert it to the portable format with the original base"
+        )
+    if not modules:
+        raise AdapterError(source.name, reasons or "the file holds no SMoA factors, nothing would be bound")
+    shapes = {name: base.shape(name) for name in modules if name in base.linear_modules}
+    reasons += target_reasons(config, modules, base)
+    ranks, open_reasons = branch_ranks(config, modules, shapes)
+    reasons += open_reasons + limit_reasons(max(ranks, default=0), options)
+    for name, shape in shapes.items():
+        if ranks:
+            reasons += factor_reasons(name, modules[name], shape, ranks)
+        reasons += _trained_weight_reasons(name, others, base)
+    if reasons:
+        raise AdapterError(source.name, reasons)
+    return ranks
 
 
 def _update(
