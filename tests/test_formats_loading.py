@@ -93,5 +93,5 @@ def test_settings_of_any_type_are_taken_or_refused_in_words(
 def test_more_blocks_than_an_id_can_name_are_refused(base: BaseCheckpoint, tmp_path: Path) -> None:
     save_file(_tensors("published"), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIGS["published"] | {"num_blocks": 10**12}))
-    with pytest.raises(AdapterError, match="num_blocks: .* less than or equal to 32767"):
+    with pytest.raises(AdapterError, match=r"num_blocks: .* less than or equal to 32767"):
         load_adapter(tmp_path, base)
