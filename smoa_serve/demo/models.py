@@ -1,10 +1,13 @@
 """Everything the demo serves, built where it is missing, with progress."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .adapters import RECIPES, Recipe, build_adapter
 from .base_model import SCHEDULE, build_base
@@ -46,32 +49,33 @@ def ensure_models(root: Path, console: Console) -> DemoModels:
     Raises:
         TrainingError: a model did not learn its answers.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     models = DemoModels(root)
-    with Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]:<28}"),
-        TimeElapsedColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task("base model (Llama, 3 M weights)", total=SCHEDULE.max_steps, state="starting")
-        built = build_base(models.base, _report(progress, task))
-        _finish(progress, task, built)
+    with _bars(console) as progress:
+        title = "base model (Llama, 3 M weights)"
+        _build(progress, title, SCHEDULE.max_steps, lambda report: build_base(models.base, report))
         for recipe in RECIPES:
-            steps = recipe.schedule.max_steps
-            task = progress.add_task(f"adapter {recipe.name} ({recipe.label})", total=steps, state="starting")
-            built = build_adapter(recipe, models.base, models.adapter(recipe), _report(progress, task))
-            _finish(progress, task, built)
+            build = partial(build_adapter, recipe, models.base, models.adapter(recipe))
+            _build(progress, f"adapter {recipe.name} ({recipe.label})", recipe.schedule.max_steps, build)
     return models
 
 
-def _report(progress: Progress, task: TaskID) -> Report:
+def _bars(console: Console) -> Progress:
+    """One bar a model; where nobody watches, lines are printed instead."""
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.fields[state]:<24}"))
+    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+
+
+def _build(progress: Progress, title: str, max_steps: int, build: Callable[[Report], bool]) -> None:
+    task = progress.add_task(title, total=max_steps, state="starting")
+
     def report(step: int, worst: float) -> None:
         progress.update(task, completed=step, state=f"least sure token {worst:6.1%}")
 
-    return report
-
-
-def _finish(progress: Progress, task: TaskID, built: bool) -> None:
-    total = progress.tasks[task].total
-    progress.update(task, completed=total, state="trained" if built else "already there")
+    begin = time.monotonic()
+    state = "trained" if build(report) else "already there"
+    progress.update(task, completed=max_steps, state=state)
+    if progress.disable:
+        progress.console.print(f"{title}: {state}, {time.monotonic() - begin:.0f} s", highlight=False)

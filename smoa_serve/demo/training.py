@@ -33,7 +33,7 @@ class Schedule:
     learning_rate: float
     batch_size: int | None = None
     check_every: int = 10
-    confidence: float = 0.9
+    confidence: float = 0.97
     warmup: int = 10
     decay: float = 0.7
 
