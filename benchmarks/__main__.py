@@ -1,0 +1,72 @@
+"""`python -m benchmarks serving|kernels [--quick] [--json FILE]`: exit 1 when a bar is missed."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from benchmarks.bars import Bar
+from benchmarks.setup_facts import busy, facts
+from smoa_serve.errors import SmoaError
+
+RESULTS = Path(__file__).parent / "results"
+WHAT = ("serving", "kernels")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--quick", action="store_true", help="about a minute or two, at a smaller size, same bars")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too, one JSON object a line")
+    options = parser.parse_args(arguments)
+    errors = Console(stderr=True)
+    if busy() > 0.5:
+        errors.print(f"[yellow]this machine is busy ({busy():.0%} of its cores): figures will spread[/]")
+    begin = time.monotonic()
+    try:
+        rows, bars = _run(options.what, quick=options.quick)
+    except SmoaError as error:
+        errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 2
+    _write(options.what, options.quick, options.json, [*rows, *(bar.row() for bar in bars)])
+    for bar in bars:
+        print(bar.line())
+    print(f"{options.what}: {time.monotonic() - begin:.0f} s")
+    return 0 if all(bar.reached for bar in bars) else 1
+
+
+def _run(what: str, *, quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
+    if what == "serving":
+        from benchmarks import serving
+
+        return serving.run(quick)
+    from benchmarks import kernels
+
+    rows = kernels.run(quick)
+    for row in rows:
+        print(json.dumps(row))
+    return rows, []
+
+
+def _write(what: str, quick: bool, extra: Path | None, rows: list[dict[str, object]]) -> None:
+    """One JSON object a line, each with the setup, so that a line means something alone."""
+    shared = {"what": what, "quick": quick, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts()}
+    text = "".join(json.dumps(shared | row) + "\n" for row in rows)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"{what}{'-quick' if quick else ''}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    for file in (RESULTS / name, extra):
+        if file is not None:
+            file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The servers a comparison needs, all up at the same time, and the variants that are measured on them."""
+
+import asyncio
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from smoa_serve.cli.load import LoadResult, make_jobs, run_load
+from smoa_serve.demo.server import ServerProcess, free_port, serve_command
+from smoa_serve.order_cache import cache_root
+
+SLOT_RANK = 8  # the least --max-lora-rank of vLLM that holds r/K = 4 and LoRA's r = 4
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Several servers share the cores, one works at a time: none may bind threads of its own to a core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+STOCK = {"VLLM_PLUGINS": ""}
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server of a comparison.
+
+    Attributes:
+        name: for people.
+        plugin: with this project's plugin, or stock vLLM.
+        adapters: name → folder; with none, LoRA is not even enabled.
+    """
+
+    name: str
+    plugin: bool
+    adapters: Mapping[str, Path]
+
+    def command(self, base: Path, port: int) -> list[str]:
+        """How it is started."""
+        flags = ["--served-model-name", "base", "--max-model-len", "1024", "--no-enable-prefix-caching"]
+        if _on_gpu():
+            flags += ["--gpu-memory-utilization", "0.25"]
+        if self.adapters:
+            flags += ["--max-loras", str(len(self.adapters)), "--max-lora-rank", str(SLOT_RANK)]
+        if self.plugin:
+            given = [part for name, path in self.adapters.items() for part in ("--adapter", f"{name}={path}")]
+            return serve_command(base, [*given, *flags], port)
+        if self.adapters:
+            flags += ["--enable-lora", "--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base), *flags, *address]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is asked of which server.
+
+    Attributes:
+        name: for people and results.
+        server: name of the server.
+        models: whom the streams ask, in turn.
+    """
+
+    name: str
+    server: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """The load of one repeat of one variant."""
+
+    streams: int
+    input_tokens: int
+    output_tokens: int
+
+
+@contextmanager
+def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator[dict[str, str]]:
+    """Start all servers; gives name → URL. All are shut down in the end.
+
+    Raises:
+        ServerStartError: one did not start.
+    """
+    logs = cache_root() / "benchmarks" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        urls = {}
+        for server in servers:
+            port = free_port()
+            environment = ENVIRONMENT | ({} if server.plugin else STOCK)
+            log = logs / f"{base.parent.name}-{server.name.replace(' ', '-')}.log"
+            process = stack.enter_context(ServerProcess(server.command(base, port), port, log, environment))
+            waited_s = process.wait_ready(lambda seconds, line: None)
+            console.print(f"server ready after {waited_s:.0f} s: {server.name}", highlight=False)
+            urls[server.name] = process.url
+        yield urls
+
+
+def measure(
+    urls: Mapping[str, str], variants: Sequence[Variant], load: Load, repeats: int, console: Console
+) -> dict[str, list[LoadResult]]:
+    """Every variant once per repeat, in turn and back, so that a machine that slows down slows all of them.
+
+    Args:
+        urls: server name → URL.
+        variants: what to measure.
+        load: the same for all.
+        repeats: how often.
+        console: for progress.
+    """
+    for variant in variants:  # adapters come into their slots, buffers into being
+        jobs = make_jobs(variant.models, max(load.streams, len(variant.models)), load.input_tokens, 4)
+        asyncio.run(run_load(urls[variant.server], jobs, load.streams))
+    results: dict[str, list[LoadResult]] = {variant.name: [] for variant in variants}
+    for repeat in range(repeats):
+        for variant in variants if repeat % 2 == 0 else reversed(variants):
+            jobs = make_jobs(variant.models, load.streams, load.input_tokens, load.output_tokens, seed=repeat + 1)
+            result = asyncio.run(run_load(urls[variant.server], jobs, load.streams))
+            results[variant.name].append(result)
+            figure = f"{result.tokens_per_s:.1f} tokens/s"
+            console.print(f"repeat {repeat + 1} of {repeats}: {variant.name}: {figure}", highlight=False)
+    return results
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

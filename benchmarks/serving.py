@@ -1,0 +1,143 @@
+"""Serving compared end to end: the base alone, with the plugin, with SMoA adapters, with vLLM's own LoRA adapters."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bars import Bar, ratio_bar
+from benchmarks.dense import delta_bar
+from benchmarks.fleet import Load, Server, Variant, measure, running
+from benchmarks.random_models import QWEN_05B, QWEN_05B_QUICK, random_base, random_lora, random_smoa
+from smoa_serve.cli.bench import summary
+from smoa_serve.cli.load import LoadResult
+from smoa_serve.demo.models import ensure_models
+
+CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
+LORA_RANK = 4
+ADAPTERS = 16
+STOCK, LORA, PLUGIN = "vLLM alone", "vLLM with LoRA", "vLLM with smoa-serve"
+DEMO_DIR = Path(".demo")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    load: Load
+    repeats: int
+    counts: tuple[int, ...]
+    delta_repeats: int
+
+
+FULL = Plan(Load(16, 128, 64), repeats=5, counts=(1, 4, 16), delta_repeats=5)
+QUICK = Plan(Load(16, 32, 24), repeats=5, counts=(16,), delta_repeats=3)
+
+
+def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
+    """Measure everything.
+
+    Args:
+        quick: fewer layers, shorter load, no tiny model; the same bars.
+
+    Returns:
+        Rows for JSON, and the bars.
+    """
+    console = Console()
+    plan, shape = (QUICK, QWEN_05B_QUICK) if quick else (FULL, QWEN_05B)
+    rows: list[dict[str, object]] = []
+    bars: list[Bar] = []
+    for rank, num_blocks in CONFIGURATIONS:
+        bar, figures = delta_bar(shape, rank, num_blocks, plan.load, plan.delta_repeats)
+        rows.append({"model": shape.name, **figures})
+        bars.append(bar)
+    base = random_base(shape)
+    results = _compare(base, plan, console)
+    console.print(_table(shape.name, plan, results))
+    rows += _rows(shape.name, plan, results)
+    bars = _bars(results) + bars
+    if not quick:
+        demo = ensure_models(DEMO_DIR, console)
+        tiny = _compare(demo.base, plan, console)
+        console.print(_table("demo", plan, tiny))
+        rows += _rows("demo", plan, tiny)
+    return rows, bars
+
+
+def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[LoadResult]]:
+    lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
+    smoa = {
+        f"smoa-r{rank}-k{num_blocks}-{i}": random_smoa(base, rank, num_blocks, i)
+        for rank, num_blocks in CONFIGURATIONS
+        for i in range(ADAPTERS)
+    }
+    servers = [Server(STOCK, False, {}), Server(LORA, False, lora), Server(PLUGIN, True, smoa)]
+    variants = [Variant(f"base, {server.name}", server.name, ("base",)) for server in servers]
+    variants.append(Variant(f"{ADAPTERS} LoRA r={LORA_RANK}", LORA, tuple(lora)))
+    for rank, num_blocks in CONFIGURATIONS:
+        for count in plan.counts:
+            models = tuple(f"smoa-r{rank}-k{num_blocks}-{i}" for i in range(count))
+            variants.append(Variant(_smoa_name(count, rank, num_blocks), PLUGIN, models))
+    with running(base, servers, console) as urls:
+        return measure(urls, variants, plan.load, plan.repeats, console)
+
+
+def _smoa_name(count: int, rank: int, num_blocks: int) -> str:
+    return f"{count} SMoA r={rank} K={num_blocks}"
+
+
+def _speeds(results: Sequence[LoadResult]) -> list[float]:
+    return [result.tokens_per_s for result in results]
+
+
+def _bars(results: dict[str, list[LoadResult]]) -> list[Bar]:
+    speeds = {name: _speeds(found) for name, found in results.items()}
+    plugin, stock, enabled = (speeds[f"base, {name}"] for name in (PLUGIN, STOCK, LORA))
+    bars = [
+        ratio_bar("base with the plugin / vLLM alone", plugin, stock, 0.97),
+        ratio_bar("base with the plugin / vLLM with --enable-lora", plugin, enabled, 0.97),
+    ]
+    for rank, num_blocks in CONFIGURATIONS:
+        name = _smoa_name(ADAPTERS, rank, num_blocks)
+        lora = speeds[f"{ADAPTERS} LoRA r={LORA_RANK}"]
+        bars.append(ratio_bar(f"{name} / {ADAPTERS} LoRA r={LORA_RANK}", speeds[name], lora, 1.0))
+        bars.append(ratio_bar(f"{name} / base, vLLM alone", speeds[name], stock, 0.5))
+    return bars
+
+
+def _rows(model: str, plan: Plan, results: dict[str, list[LoadResult]]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for name, found in results.items():
+        speeds = _speeds(found)
+        samples = [sample for result in found for sample in result.samples]
+        rows.append(
+            {
+                "kind": "serving",
+                "model": model,
+                "variant": name,
+                "load": asdict(plan.load),
+                "tokens_per_s": round(statistics.median(speeds), 2),
+                "spread": [round(min(speeds), 2), round(max(speeds), 2)],
+                "values": [round(speed, 2) for speed in speeds],
+                **{key: round(value, 2) for key, value in summary(samples).items()},
+            }
+        )
+    return rows
+
+
+def _table(model: str, plan: Plan, results: dict[str, list[LoadResult]]) -> Table:
+    load = plan.load
+    title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
+    table = Table("variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "of base", title=title)
+    reference = _speeds(results[f"base, {STOCK}"])
+    for name, found in results.items():
+        speeds = _speeds(found)
+        facts = summary([sample for result in found for sample in result.samples])
+        share = statistics.median(a / b for a, b in zip(speeds, reference, strict=True))
+        spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
+        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}")
+        table.add_row(name, f"{statistics.median(speeds):.1f}", spread, *times, f"{share:.2f}")
+    return table
