@@ -18,7 +18,7 @@ from smoa_kernels.plan import StepPlan
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` of csrc/jobs.h."""
+    """`Layer` of csrc/tables.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("slices", "entries", "partitions")] + [
         (name, ctypes.c_int64) for name in ("num_slices", "num_slots", "num_partitions", "max_rank", "h_in")
@@ -26,7 +26,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """`Step` of csrc/jobs.h."""
+    """`Step` of csrc/tables.h."""
 
     _fields_ = [
         ("groups", ctypes.c_void_p),

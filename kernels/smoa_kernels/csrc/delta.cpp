@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 #include "jobs.h"
 
@@ -148,7 +149,8 @@ static void expand_panels(const Call& call, const Job& job, const Tile& t, Ahead
 }
 
 template <int P>
-static void modulate_group(const Call& call, const Job& job, const Tile& t, const ModulateGroup& group, const Workspace& space) {
+static void modulate_group(const Call& call, const Job& job, const Tile& t, const ModulateGroup& group,
+                           const Workspace& space) {
   __m512i* b = space.factors;
   const bf16* factor = call.factor_b(job.slice, group.slot) + t.row_start;
   const int64_t stride = call.slices[job.slice].h_out;
@@ -193,6 +195,8 @@ static void prepare_item(const Call& call, size_t i, bf16* sorted) {
   pair_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a_pairs);
 }
 
+constexpr int kSpins = 2000;  // some tens of microseconds, then the core is offered to others
+
 // Threads take work as they come, and wait only for what another has taken: one that the system does not let run (the
 // cores are often shared with the HTTP server) holds up nobody before the end.
 static void run(Call& call) {
@@ -207,7 +211,8 @@ static void run(Call& call) {
       prepare_item(call, i, space.sorted);
       items_done.fetch_add(1, std::memory_order_release);
     }
-    while (items_done.load(std::memory_order_acquire) < items) _mm_pause();
+    for (int spins = 0; items_done.load(std::memory_order_acquire) < items; ++spins)
+      spins < kSpins ? _mm_pause() : std::this_thread::yield();
     for (size_t i; (i = next_run.fetch_add(run, std::memory_order_relaxed)) < call.tiles.size();)
       for (size_t end = std::min(i + run, call.tiles.size()); i < end; ++i) run_tile(call, i, space);
   }
@@ -215,7 +220,8 @@ static void run(Call& call) {
 
 }  // namespace smoa
 
-// Adds the delta to y. Returns 0, or the bytes of scratch needed when `scratch_bytes` is too small (nothing is written).
+// Adds the delta to y. Returns 0, or the bytes of scratch needed when `scratch_bytes` is too small: then nothing is
+// written.
 extern "C" int64_t smoa_delta(const smoa::Layer* layer, const smoa::Step* step, smoa::bf16* y, int64_t y_stride,
                               const smoa::bf16* x, int64_t x_stride, char* scratch, int64_t scratch_bytes) {
   smoa::Call call(*layer, *step, y, y_stride, x, x_stride);

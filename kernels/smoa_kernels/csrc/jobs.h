@@ -1,4 +1,4 @@
-// What one call has to do: the tables that Python hands over, and the work list made from them.
+// What one call has to do: the work list made from the tables of the layer and of the step.
 #pragma once
 
 #include <omp.h>
@@ -6,55 +6,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "bf16.h"
+#include "tables.h"
 
 namespace smoa {
 
 constexpr int kTokenChunk = 64;  // tokens whose sums an expanding thread keeps on its stack
-
-// ---- tables made in cpp_ops.py; every field is 64 bits wide ----
-
-struct Block {
-  int64_t row_start, rows, col_start, cols, packed_col, weight;  // weight: first element in Partition::weights
-  int64_t packed_cols() const { return (cols + 1) & ~int64_t{1}; }
-  int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
-};
-
-struct Partition {
-  const int64_t *row_order, *col_order;
-  const Block* blocks;
-  const bf16* weights;
-  int64_t num_blocks, packed_cols;
-};
-
-struct Entry {
-  int64_t partition, rank;  // index of the layer's partition, -1 = nothing
-};
-
-struct Slice {
-  const bf16 *a, *b;  // [S, R, H_in], [S, R, H_out]
-  int64_t h_out, y_offset;
-};
-
-struct Layer {
-  const Slice* slices;
-  const Entry* entries;  // [slices][S]
-  const Partition* partitions;
-  int64_t num_slices, num_slots, num_partitions, max_rank, h_in;
-};
-
-struct Group {
-  int64_t slot, start, end;
-};
-
-struct Step {
-  const Group* groups;
-  const int32_t* token_order;
-  int64_t num_groups;
-  double form, form_per_rank;  // see CostModel in cost.py
-};
-
-// ---- the work list ----
 
 struct Row {  // a token's first row of a job: `rank` rows a_rho * x, or the token's x alone when rank is 0
   int32_t job, slot, rank, token;
@@ -191,7 +147,8 @@ struct Call {
       sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t],
                          static_cast<int64_t>(job.expanded.size())});
       job.expand_tokens.push_back(tokens[t]);
-      if (position % kTokenChunk == 0) job.chunks.push_back({static_cast<int64_t>(job.expanded.size()), 0, position, 0});
+      if (position % kTokenChunk == 0)
+        job.chunks.push_back({static_cast<int64_t>(job.expanded.size()), 0, position, 0});
       for (int64_t rho = 0; rho < entry.rank; ++rho) job.expanded.push_back({b + rho * slices[slice].h_out, position});
       job.chunks.back().num_rows += entry.rank;
       ++job.chunks.back().num_tokens;

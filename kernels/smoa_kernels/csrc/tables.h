@@ -1,0 +1,48 @@
+// What Python hands over (see cpp_ops.py): the tables of a layer and of a step. Every field is 64 bits wide.
+#pragma once
+
+#include "bf16.h"
+
+namespace smoa {
+
+struct Block {
+  int64_t row_start, rows, col_start, cols, packed_col, weight;  // weight: first element in Partition::weights
+  int64_t packed_cols() const { return (cols + 1) & ~int64_t{1}; }
+  int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
+};
+
+struct Partition {
+  const int64_t *row_order, *col_order;
+  const Block* blocks;
+  const bf16* weights;
+  int64_t num_blocks, packed_cols;
+};
+
+struct Entry {
+  int64_t partition, rank;  // index of the layer's partition, -1 = nothing
+};
+
+struct Slice {
+  const bf16 *a, *b;  // [S, R, H_in], [S, R, H_out]
+  int64_t h_out, y_offset;
+};
+
+struct Layer {
+  const Slice* slices;
+  const Entry* entries;  // [slices][S]
+  const Partition* partitions;
+  int64_t num_slices, num_slots, num_partitions, max_rank, h_in;
+};
+
+struct Group {
+  int64_t slot, start, end;
+};
+
+struct Step {
+  const Group* groups;
+  const int32_t* token_order;
+  int64_t num_groups;
+  double form, form_per_rank;  // see CostModel in cost.py
+};
+
+}  // namespace smoa
