@@ -25,7 +25,7 @@ class AdapterInfo(BaseModel):
     residence: str = Field(description="slot, host or stored; the lowest of all workers")
     order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
     order_error: float = Field(description="worst expected relative error of a layer's update from the order")
-    requests: int = Field(description="requests since the server started or the content changed")
+    requests: int = Field(description="requests this content got under this name since the server started")
     path: str = Field(description="as it was given")
 
 

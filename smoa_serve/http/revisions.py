@@ -20,7 +20,7 @@ class Revision:
 
     Attributes:
         name: what users put into `model`.
-        lora_int_id: the engine's number for it, never used twice.
+        lora_int_id: the engine's number for it; the same whenever this content has this name.
         staged: what was read and where its private copy lies.
         requested_path: the path as the user gave it.
     """
@@ -33,7 +33,12 @@ class Revision:
     @property
     def engine_name(self) -> str:
         """What the engine calls it."""
-        return f"{self.name}@{self.staged.digest[:_DIGEST_LENGTH]}"
+        return engine_name(self.name, self.staged.digest)
+
+
+def engine_name(name: str, digest: str) -> str:
+    """What the engine calls a content under a name."""
+    return f"{name}@{digest[:_DIGEST_LENGTH]}"
 
 
 def visible_name(engine_name: str) -> str:

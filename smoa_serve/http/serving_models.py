@@ -23,7 +23,7 @@ from smoa_serve.errors import (
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
 from smoa_serve.http.paths import confine, download
-from smoa_serve.http.revisions import Revision, name_reason, visible_name
+from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
@@ -54,6 +54,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._settings = Settings.from_environment()
         self._store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers: dict[str, int] = {}
 
     @cached_property
     def _base(self) -> BaseCheckpoint:
@@ -104,7 +105,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         previous = self.revisions.get(name)
         if previous is not None and previous.staged.digest == staged.digest:
             return previous
-        revision = Revision(name, self.lora_id_counter.inc(1), staged, requested_path)
+        revision = Revision(name, self._number(engine_name(name, staged.digest)), staged, requested_path)
         request = LoRARequest(
             lora_name=revision.engine_name, lora_int_id=revision.lora_int_id, lora_path=str(staged.path)
         )
@@ -120,6 +121,13 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             self._remove_later(previous)
         return revision
 
+    def _number(self, engine_name: str) -> int:
+        """The engine's number for a name and content, always the same: vLLM takes adapters of one engine name for one,
+        and content that comes back may meet requests of its first time that still run."""
+        if engine_name not in self._numbers:
+            self._numbers[engine_name] = self.lora_id_counter.inc(1)
+        return self._numbers[engine_name]
+
     def _stage(self, path: Path) -> StagedAdapter:
         return self._store.stage(path, self._base, self._options)
 
@@ -129,6 +137,9 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         async def drain() -> None:
             while in_flight(self.engine_client, revision.engine_name):
                 await asyncio.sleep(_DRAIN_POLL_S)
+            current = self.revisions.get(revision.name)
+            if current is not None and current.engine_name == revision.engine_name:
+                return  # it came back meanwhile
             await self.engine_client.remove_lora(revision.lora_int_id)
             logger.info("Adapter revision %s left the engine", revision.engine_name)
 

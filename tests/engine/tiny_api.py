@@ -21,6 +21,7 @@ from smoa_serve.spectral import even_ranks
 JSON_WORDS = ("{", "}", ":", ",", '"name"', '"age"', '"ann"', '"bob"', "1", "2")
 
 
+MAX_TOKENS = 4096
 # Below this distance between the best two tokens, the rounding of a batch may decide which one is chosen.
 NEAR_TIE = 1e-3
 LOGPROB_TOLERANCE = 1e-3
@@ -52,6 +53,10 @@ class Answer:
                 return f"at {place}: logprob {self.logprobs[place]} instead of {expected.logprobs[place]}"
         return None
 
+    def first(self, count: int) -> "Answer":
+        """What it is when fewer tokens are asked for."""
+        return Answer(self.tokens[:count], self.logprobs[:count], self.margins[:count])
+
     @classmethod
     def read(cls, logprobs: Any) -> "Answer":
         """From the `logprobs` of a completion asked with `GREEDY`."""
@@ -67,6 +72,27 @@ GREEDY: dict[str, Any] = {
 }
 
 
+class Parts:
+    """Puts a streamed answer together.
+
+    Attributes:
+        answer: so far.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.answer = Answer([], [], [])
+
+    def add(self, chunk: Any) -> None:
+        """One part of the stream."""
+        assert chunk.model == self._model
+        for choice in chunk.choices:
+            part = Answer.read(choice.logprobs)
+            self.answer.tokens.extend(part.tokens)
+            self.answer.logprobs.extend(part.logprobs)
+            self.answer.margins.extend(part.margins)
+
+
 @dataclass(frozen=True)
 class MadeAdapter:
     """An adapter on disk, and its dense updates by module."""
@@ -79,8 +105,10 @@ class MadeAdapter:
 
 
 def copy_base(base: Path, out: Path) -> Path:
-    """The same weights with a tokenizer that can write JSON."""
+    """The same weights with a tokenizer that can write JSON, and room for streams that run for seconds."""
     shutil.copytree(base, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"max_position_embeddings": MAX_TOKENS}))
     file = out / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -223,6 +251,19 @@ class Tiny:
         assert completion.model == model
         return Answer.read(completion.choices[0].logprobs)
 
+    def stream_settings(self, model: str, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
+        """What a client is given for the same as a stream, to be put together by `Parts`."""
+        return GREEDY | {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True}
+
+    def parts(self, model: str) -> Parts:
+        """An empty answer to put a stream of `model` into."""
+        return Parts(model)
+
+    def metric(self, name: str) -> float:
+        """The sum of a counter or gauge of /metrics over all its labels."""
+        lines = httpx.get(f"{self.server.url}/metrics", headers=self.server.headers).raise_for_status().text.split("\n")
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+
     def load(self, name: str, path: Path | str, *, load_inplace: bool = False) -> httpx.Response:
         """POST /v1/load_lora_adapter."""
         body = {"lora_name": name, "lora_path": str(path), "load_inplace": load_inplace}
@@ -250,12 +291,14 @@ def start_tiny(recorded_base: Path, folder: Path, start: Callable[..., Any], arg
     base, root = copy_base(recorded_base, folder / "base"), folder / "adapters"
     adapters = {name: make_smoa(base, root / name, seed=seed, **SMOA[name]) for seed, name in enumerate(SMOA)}
     adapters["lora-r4"] = make_lora(base, root / "lora-r4", rank=4, targets=ATTENTION + MLP, seed=9)
-    line = f"--served-model-name {BASE} --api-key {API_KEY} --max-lora-rank 8"
+    line = f"--served-model-name {BASE} --api-key {API_KEY} --max-lora-rank 8 --max-model-len {MAX_TOKENS}"
     slots = f"--max-loras {NUM_SLOTS} --max-cpu-loras {HOST_ADAPTERS}"
     modules = [f"{name}={adapter.path}" for name, adapter in adapters.items()]
     environment = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        # Longer than the clients keep idle connections: none meets one that the server is closing.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
         "SMOA_ALLOW_PICKLE": "1",
         "SMOA_ADAPTER_ROOTS": str(root),
     }
