@@ -14,8 +14,8 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
         roots: folders configured by the operator.
 
     Raises:
-        PathNotAllowedError: no roots are configured, or the path (links followed) leaves them. Whether something exists
-            outside the roots is not revealed.
+        PathNotAllowedError: no roots are configured, or the path or a file right below it (links followed) leaves them.
+            Whether something exists outside the roots is not revealed.
         AdapterNotFoundError: it lies inside, but there is nothing.
     """
     if not roots:
@@ -26,18 +26,32 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
     given = Path(path)
     inside = []
     for root in (root.expanduser().resolve() for root in roots):
-        real = (given if given.is_absolute() else root / given).resolve()
-        if real.is_relative_to(root) and ".." not in given.parts:
-            inside.append(real)
+        real = _resolve(given if given.is_absolute() else root / given)
+        if real is not None and real.is_relative_to(root) and ".." not in given.parts:
+            inside.append((root, real))
     if not inside:
         raise PathNotAllowedError(
             f"the adapter path {path!r} lies outside the configured folders; give a path below one of them, "
             "absolute or relative to it, without '..' and without links that lead out"
         )
-    found = next((real for real in inside if real.exists()), None)
-    if found is None:
+    root, found = next(((root, real) for root, real in inside if real.exists()), (None, None))
+    if root is None or found is None:
         raise AdapterNotFoundError(path, "there is nothing at this path")
+    for file in found.iterdir() if found.is_dir() else ():
+        real = _resolve(file)
+        if real is None or not real.is_relative_to(root):
+            raise PathNotAllowedError(f"{file.name} of the adapter {path!r} is a link out of the configured folders")
     return found
+
+
+def _resolve(path: Path) -> Path | None:
+    """The path with its links followed; None when it cannot be one: too long, a null byte, links in a circle."""
+    try:
+        real = path.resolve()
+        real.exists()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return real
 
 
 def download(repository: str) -> Path:
