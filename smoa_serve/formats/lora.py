@@ -82,8 +82,9 @@ def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
     reasons = _pair_reasons(files)
     if reasons:
         raise AdapterError(source.name, reasons)
+    reasons = _number_reasons(files)
     if base is not None:
-        reasons = _binding_reasons(files, base)
+        reasons += [reason for reason in _binding_reasons(files, base) if reason not in reasons]
     if options.max_rank is not None and files.rank > options.max_rank:
         reasons.append(f"it has rank {files.rank}, the limit is {options.max_rank} (--max-lora-rank)")
     if reasons:
@@ -108,9 +109,16 @@ def _pair_reasons(files: LoraFiles) -> list[str]:
     for module, pair in sides.items():
         reasons += [f"{module}.lora_{side} is missing" for side in "AB" if side not in pair]
         for side, tensor in pair.items():
-            reasons += tensor_reasons(f"{module}.lora_{side}", tensor, tuple(tensor.shape))
             if tensor.dim() != 2:
                 reasons.append(f"{module}.lora_{side} has shape {list(tensor.shape)}, expected a matrix")
+    return reasons
+
+
+def _number_reasons(files: LoraFiles) -> list[str]:
+    reasons = []
+    for module, pair in files.factors().items():
+        for side, tensor in zip("AB", pair, strict=True):
+            reasons += tensor_reasons(f"{module}.lora_{side}", tensor, tuple(tensor.shape))
     return reasons
 
 
