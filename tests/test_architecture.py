@@ -1,0 +1,96 @@
+"""Data flows one way: a module imports only from its own stage and from those before it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# As in docs/architecture.md, first to last.
+STAGES = (
+    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings")),
+    ("base checkpoint", ("base_checkpoint", "targets", "spectral", "order_cache")),
+    ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
+    ("store", ("store",)),
+    ("engine plugin", ("engine",)),
+    ("HTTP", ("http",)),
+    ("entry into vLLM", ("plugin",)),
+    ("CLI", ("cli", "demo")),
+)
+RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
+KERNELS_FROM = 4  # the engine plugin is the first that computes deltas
+FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
+KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
+HEAVY = ("vllm", "triton")
+
+
+def imported(file: Path, tree: ast.AST) -> Iterator[str]:
+    """Absolute names of everything a file imports, wherever in it."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (above, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def stage_module(name: str) -> str | None:
+    """ "smoa_serve.formats.hira.write_hira" → "formats"; None outside the package."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "smoa_serve" and len(parts) > 1 and parts[1] in RANK else None
+
+
+def violations(file: Path, source: str) -> list[str]:
+    """Imports of a file that go against the stream."""
+    own = file.relative_to(ROOT / "smoa_serve").parts[0].removesuffix(".py")
+    found = []
+    for name in imported(file, ast.parse(source)):
+        target = stage_module(name)
+        if target is not None and RANK[target] > RANK[own]:
+            found.append(f"{own} imports {name}, which comes later")
+        if name.split(".")[0] == "smoa_kernels" and RANK[own] < KERNELS_FROM:
+            found.append(f"{own} imports {name}, but only the engine computes deltas")
+    return found
+
+
+def test_every_module_has_a_stage() -> None:
+    modules = {file.relative_to(ROOT / "smoa_serve").parts[0].removesuffix(".py") for file in FILES}
+    assert modules - {"__init__", "__main__"} == set(RANK)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_only_from_stages_before(file: Path) -> None:
+    if file.parent.name == "smoa_serve" and file.stem.startswith("__"):
+        assert not list(imported(file, ast.parse(file.read_text())))
+        return
+    assert violations(file, file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_kernels_know_nothing_of_serving(file: Path) -> None:
+    names = list(imported(file, ast.parse(file.read_text())))
+    assert not [name for name in names if name.split(".")[0] in ("smoa_serve", "vllm")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_vllm_is_imported_at_module_level_only_by_what_lives_inside_it(file: Path) -> None:
+    if file.relative_to(ROOT / "smoa_serve").parts[0] in ("engine", "http"):
+        return
+    top = ast.Module(
+        [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)], []
+    )
+    assert not [name for name in imported(file, top) if name.split(".")[0] in HEAVY]
+
+
+def test_an_import_against_the_stream_is_seen() -> None:
+    file = ROOT / "smoa_serve" / "formats" / "new.py"
+    assert violations(file, "from ..cli.load import run_load") == [
+        "formats imports smoa_serve.cli.load.run_load, which comes later"
+    ]
+    assert violations(file, "import smoa_kernels") == [
+        "formats imports smoa_kernels, but only the engine computes deltas"
+    ]
+    assert violations(file, "from ..adapter import Adapter\nfrom ..spectral import even_ranks") == []
