@@ -71,6 +71,15 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
             max_rank=self.lora_config.max_lora_rank,
         )
 
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter, or mark a loaded one as used. vLLM goes by the number alone; here another path under a known
+        number replaces what was loaded, so that nobody gets the earlier adapter's output."""
+        path, _ = self._copies.get(lora_request.lora_int_id, (lora_request.lora_path, None))
+        if path != lora_request.lora_path:
+            lora_request = msgspec.structs.replace(lora_request, load_inplace=True)
+        loaded: bool = super().add_adapter(lora_request)
+        return loaded
+
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         self._adapter_manager.touch_active({request.lora_int_id for request in lora_requests if request})
         super()._apply_adapters(lora_requests)
