@@ -1,0 +1,108 @@
+"""The benchmarks' own arithmetic, their random models, and that a missed bar is seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import dense, serving
+from benchmarks.bars import Bar, ratio_bar
+from benchmarks.fleet import Load, Server
+from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
+from benchmarks.setup_facts import facts
+from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.cli.load import LoadResult, Sample
+from smoa_serve.formats import detect_kind, load_adapter
+
+TINY = Shape("tiny", 64, 2, 2, 1, 96, 128)
+
+
+def test_a_bar_is_the_median_of_paired_ratios() -> None:
+    bar = ratio_bar("x", [1.0, 4.0, 9.0], [1.0, 2.0, 3.0], 2.0)
+    assert (bar.figure, bar.spread, bar.reached) == (2.0, (1.0, 3.0), True)
+    assert not ratio_bar("x", [1.0], [2.0], 0.51).reached
+    assert bar.row()["reached"] is True
+    assert "reached" in bar.line()
+    assert "MISSED" in ratio_bar("x", [1.0], [2.0], 0.51).line()
+
+
+def test_random_models_bind_and_are_built_once() -> None:
+    base = random_base(TINY)
+    written = (base / "model.safetensors").stat().st_mtime_ns
+    assert random_base(TINY) == base
+    assert (base / "model.safetensors").stat().st_mtime_ns == written
+    checkpoint = BaseCheckpoint.open(base)
+    first, second = (load_adapter(random_smoa(base, 8, 4, index), checkpoint) for index in (0, 1))
+    assert len(first.modules) == 14
+    assert first.max_rank == 2
+    assert first.digest != second.digest
+    for name, update in first.modules.items():
+        assert torch.equal(update.row_block, second.modules[name].row_block)
+    assert detect_kind(random_lora(base, 2, 0)) == "lora"
+
+
+def test_the_base_loads_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(random_base(TINY))
+    assert model.config.num_hidden_layers == 2
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_smoa_and_lora_have_equally_many_parameters() -> None:
+    base = random_base(TINY)
+    checkpoint = BaseCheckpoint.open(base)
+    from safetensors.torch import load_file
+
+    lora = load_file(random_lora(base, serving.LORA_RANK, 0) / "adapter_model.safetensors")
+    for rank, num_blocks in serving.CONFIGURATIONS:
+        smoa = load_adapter(random_smoa(base, rank, num_blocks, 0), checkpoint)
+        assert smoa.num_parameters == sum(tensor.numel() for tensor in lora.values())
+
+
+def test_the_dense_way_computes_the_same_delta() -> None:
+    # It compares both results before it takes a time.
+    bar, figures = dense.delta_bar(TINY, 8, 4, Load(16, 2, 3), repeats=1)
+    assert bar.figure > 0
+    assert figures["own_s"] == pytest.approx(float(str(figures["dense_s"])) / bar.figure)
+
+
+def results(speed: float) -> list[LoadResult]:
+    return [LoadResult((Sample("m", 64, 0.1, 1.0), Sample("m", 64, 0.2, 1.0)), 128 / speed)] * 2
+
+
+def test_serving_bars_compare_what_they_name() -> None:
+    speeds = {"base, vLLM alone": 100.0, "base, vLLM with LoRA": 98.0, "base, vLLM with smoa-serve": 97.5}
+    speeds |= {"16 LoRA r=4": 60.0, "16 SMoA r=16 K=4": 61.0, "16 SMoA r=32 K=8": 49.0}
+    bars = {bar.name: bar for bar in serving._bars({name: results(speed) for name, speed in speeds.items()})}
+    assert bars["base with the plugin / vLLM alone"].figure == pytest.approx(0.975)
+    assert {name for name, bar in bars.items() if not bar.reached} == {
+        "16 SMoA r=32 K=8 / 16 LoRA r=4",
+        "16 SMoA r=32 K=8 / base, vLLM alone",
+    }
+
+
+def test_stock_servers_know_nothing_of_the_plugin(tmp_path: Path) -> None:
+    stock = Server("a", False, {"x": tmp_path}).command(tmp_path, 1)
+    assert "smoa_serve.cli.app" not in stock
+    assert f"x={tmp_path}" in stock
+    assert "--enable-lora" not in Server("b", False, {}).command(tmp_path, 1)
+    ours = Server("c", True, {"x": tmp_path}).command(tmp_path, 1)
+    assert ours[1:4] == ["-m", "smoa_serve.cli.app", "serve"]
+
+
+@pytest.mark.parametrize(("figure", "code"), [(1.0, 0), (0.4, 1)])
+def test_the_exit_code_says_whether_a_bar_was_missed(
+    figure: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = [Bar("thing", figure, 0.5, (figure, figure))]
+    monkeypatch.setattr(serving, "run", lambda quick: ([{"kind": "serving", "tokens_per_s": 1.0}], bars))
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    file = tmp_path / "out.jsonl"
+    assert program.main(["serving", "--quick", "--json", str(file)]) == code
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["serving", "bar"]
+    assert all(line["quick"] is True and set(facts()) <= set(line) for line in lines)
+    assert len(list((tmp_path / "results").iterdir())) == 1
+    assert "thing" in capsys.readouterr().out
