@@ -19,6 +19,7 @@ from .server import ServerProcess, free_port, serve_command
 from .showing import check_answers, print_answers, print_examples
 
 BASE_NAME = "base"
+KEPT_PORT = 8000  # where people look for a server; another one if it is taken
 # A small cache and a short context: the demo runs beside whatever else this machine does.
 SERVER_FLAGS = ("--served-model-name", BASE_NAME, "--max-model-len", "512", "--enforce-eager")
 SERVER_ENVIRONMENT = {
@@ -46,14 +47,16 @@ def models_command(root: RootOption = Path(".demo")) -> None:
 def run(
     root: RootOption = Path(".demo"),
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server running until Ctrl-C.")] = False,
-    port: Annotated[int | None, typer.Option("--port", help="Where to listen; a free port by default.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Where to listen. Default: a free port, with --keep 8000 if free.")
+    ] = None,
 ) -> None:
     """Build what is missing, serve it, ask every model every prompt at once, print the answers."""
     console = _console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     begin = time.monotonic()
     models = ensure_models(root, console)
-    with start_server(models, port or free_port()) as server:
+    with start_server(models, port or free_port(KEPT_PORT if keep else 0)) as server:
         wait_with_status(server, console)
         asked = time.perf_counter()
         answers = ask_all(server.url, BASE_NAME, DEMO_PROMPTS, [Style.PLAIN, *(recipe.style for recipe in RECIPES)])

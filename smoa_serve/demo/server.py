@@ -24,10 +24,15 @@ class ServerStartError(SmoaError):
     """The server died or did not become ready; the message ends with its log."""
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+def free_port(preferred: int = 0) -> int:
+    """A port of this machine that nobody listens on: the preferred one if it is free."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        # As servers do: a port that only waits for old connections to fade counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", preferred))
+        except OSError:
+            return free_port()
         port: int = probe.getsockname()[1]
         return port
 
