@@ -77,6 +77,10 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             AdapterError: an adapter was refused.
         """
         await self._check_workers()
+        if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager
+            # engine runs none: the first request would end it.
+            await self.engine_client.collective_rpc("execute_dummy_batch")
         for module in self.static_lora_modules or []:
             if self.is_base_model(module.name) or module.name in self.revisions:
                 raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")

@@ -78,11 +78,13 @@ def _write_lora(
     return folder
 
 
-def merged_model(base: Path, adapter: Path) -> Any:
-    """The base model in transformers, float32, with an adapter's update added to its weights."""
+def merged_model(base: Path, adapter: Path | None) -> Any:
+    """The base model in transformers, float32, with an adapter's update added to its weights (None: as it is)."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is None:
+        return model.eval()
     if detect_kind(adapter) is AdapterKind.LORA:
         from peft import PeftModel
 
