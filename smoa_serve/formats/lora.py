@@ -48,11 +48,12 @@ class LoraFiles:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module → (lora_A [r, H_in], lora_B [H_out, r])."""
-        a = {m["module"]: t for m, t in self._matches() if m["side"] == "A"}
-        b = {m["module"]: t for m, t in self._matches() if m["side"] == "B"}
+        a = {m["module"]: t for m, t in self.matches() if m["side"] == "A"}
+        b = {m["module"]: t for m, t in self.matches() if m["side"] == "B"}
         return {module: (a[module], b[module]) for module in a}
 
-    def _matches(self) -> list[tuple[dict[str, str], Tensor]]:
+    def matches(self) -> list[tuple[dict[str, str], Tensor]]:
+        """(module, side and adapter name; tensor) of every factor."""
         found = ((LORA_KEY.fullmatch(name.removeprefix(PREFIX)), t) for name, t in self.tensors.items())
         return [(match.groupdict(), t) for match, t in found if match]
 
@@ -80,12 +81,11 @@ def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
     if reasons:
         raise AdapterError(source.name, reasons)
     reasons = _pair_reasons(files)
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    reasons = _number_reasons(files)
-    if base is not None:
+    complete = not reasons
+    reasons += _number_reasons(files)
+    if complete and base is not None:
         reasons += [reason for reason in _binding_reasons(files, base) if reason not in reasons]
-    if options.max_rank is not None and files.rank > options.max_rank:
+    if complete and options.max_rank is not None and files.rank > options.max_rank:
         reasons.append(f"it has rank {files.rank}, the limit is {options.max_rank} (--max-lora-rank)")
     if reasons:
         raise AdapterError(source.name, reasons)
@@ -116,9 +116,8 @@ def _pair_reasons(files: LoraFiles) -> list[str]:
 
 def _number_reasons(files: LoraFiles) -> list[str]:
     reasons = []
-    for module, pair in files.factors().items():
-        for side, tensor in zip("AB", pair, strict=True):
-            reasons += tensor_reasons(f"{module}.lora_{side}", tensor, tuple(tensor.shape))
+    for match, tensor in files.matches():
+        reasons += tensor_reasons(f"{match['module']}.lora_{match['side']}", tensor, tuple(tensor.shape))
     return reasons
 
 
