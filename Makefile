@@ -46,7 +46,7 @@ format: setup ## let ruff repair and format
 	@$(PY) -m ruff format .
 
 bench: setup ## python -m benchmarks $(WHAT): make bench WHAT=serving ARGS=--quick
-	@env -u OMP_WAIT_POLICY $(PY) -m benchmarks $(WHAT) $(ARGS)
+	@$(PY) -m benchmarks $(WHAT) $(ARGS)
 
 clean: ## remove environments, demo models and caches
 	rm -rf .venv .venv-* .demo build dist .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True)
     if busy() > 0.5:
         errors.print(f"[yellow]this machine is busy ({busy():.0%} of its cores): figures will spread[/]")
+    # Read when torch is first imported: threads that wait must not take the cores from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     begin = time.monotonic()
     try:
         rows, bars = _run(options.what, quick=options.quick)

@@ -79,9 +79,22 @@ class Load:
     output_tokens: int
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """One measurement of one variant.
+
+    Attributes:
+        load: what the streams saw.
+        cpu_s: processor time of the server meanwhile: what is comparable on a machine that others use too.
+    """
+
+    load: LoadResult
+    cpu_s: float
+
+
 @contextmanager
-def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator[dict[str, str]]:
-    """Start all servers; gives name → URL. All are shut down in the end.
+def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator[dict[str, ServerProcess]]:
+    """Start all servers; gives them by name. All are shut down in the end.
 
     Raises:
         ServerStartError: one did not start.
@@ -89,7 +102,7 @@ def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator
     logs = cache_root() / "benchmarks" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        urls = {}
+        processes = {}
         for server in servers:
             port = free_port()
             environment = ENVIRONMENT | ({} if server.plugin else STOCK)
@@ -97,17 +110,17 @@ def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator
             process = stack.enter_context(ServerProcess(server.command(base, port), port, log, environment))
             waited_s = process.wait_ready(lambda seconds, line: None)
             console.print(f"server ready after {waited_s:.0f} s: {server.name}", highlight=False)
-            urls[server.name] = process.url
-        yield urls
+            processes[server.name] = process
+        yield processes
 
 
 def measure(
-    urls: Mapping[str, str], variants: Sequence[Variant], load: Load, repeats: int, console: Console
-) -> dict[str, list[LoadResult]]:
+    servers: Mapping[str, ServerProcess], variants: Sequence[Variant], load: Load, repeats: int, console: Console
+) -> dict[str, list[Repeat]]:
     """Every variant once per repeat, in turn and back, so that a machine that slows down slows all of them.
 
     Args:
-        urls: server name → URL.
+        servers: all that the variants name.
         variants: what to measure.
         load: the same for all.
         repeats: how often.
@@ -115,14 +128,16 @@ def measure(
     """
     for variant in variants:  # adapters come into their slots, buffers into being
         jobs = make_jobs(variant.models, max(load.streams, len(variant.models)), load.input_tokens, 4)
-        asyncio.run(run_load(urls[variant.server], jobs, load.streams))
-    results: dict[str, list[LoadResult]] = {variant.name: [] for variant in variants}
+        asyncio.run(run_load(servers[variant.server].url, jobs, load.streams))
+    results: dict[str, list[Repeat]] = {variant.name: [] for variant in variants}
     for repeat in range(repeats):
         for variant in variants if repeat % 2 == 0 else reversed(variants):
             jobs = make_jobs(variant.models, load.streams, load.input_tokens, load.output_tokens, seed=repeat + 1)
-            result = asyncio.run(run_load(urls[variant.server], jobs, load.streams))
-            results[variant.name].append(result)
-            figure = f"{result.tokens_per_s:.1f} tokens/s"
+            server = servers[variant.server]
+            before = server.cpu_seconds()
+            result = asyncio.run(run_load(server.url, jobs, load.streams))
+            results[variant.name].append(Repeat(result, server.cpu_seconds() - before))
+            figure = f"{result.tokens_per_s:.1f} tokens/s, {results[variant.name][-1].cpu_s:.1f} s of processor time"
             console.print(f"repeat {repeat + 1} of {repeats}: {variant.name}: {figure}", highlight=False)
     return results
 

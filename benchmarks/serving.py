@@ -1,6 +1,7 @@
 """Serving compared end to end: the base alone, with the plugin, with SMoA adapters, with vLLM's own LoRA adapters."""
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,9 @@ from rich.table import Table
 
 from benchmarks.bars import Bar, ratio_bar
 from benchmarks.dense import delta_bar
-from benchmarks.fleet import Load, Server, Variant, measure, running
+from benchmarks.fleet import Load, Repeat, Server, Variant, measure, running
 from benchmarks.random_models import QWEN_05B, QWEN_05B_QUICK, random_base, random_lora, random_smoa
 from smoa_serve.cli.bench import summary
-from smoa_serve.cli.load import LoadResult
 from smoa_serve.demo.models import ensure_models
 
 CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
@@ -46,7 +46,7 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
     Returns:
         Rows for JSON, and the bars.
     """
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     plan, shape = (QUICK, QWEN_05B_QUICK) if quick else (FULL, QWEN_05B)
     rows: list[dict[str, object]] = []
     bars: list[Bar] = []
@@ -67,7 +67,7 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
     return rows, bars
 
 
-def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[LoadResult]]:
+def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[Repeat]]:
     lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
     smoa = {
         f"smoa-r{rank}-k{num_blocks}-{i}": random_smoa(base, rank, num_blocks, i)
@@ -81,19 +81,19 @@ def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[LoadRes
         for count in plan.counts:
             models = tuple(f"smoa-r{rank}-k{num_blocks}-{i}" for i in range(count))
             variants.append(Variant(_smoa_name(count, rank, num_blocks), PLUGIN, models))
-    with running(base, servers, console) as urls:
-        return measure(urls, variants, plan.load, plan.repeats, console)
+    with running(base, servers, console) as processes:
+        return measure(processes, variants, plan.load, plan.repeats, console)
 
 
 def _smoa_name(count: int, rank: int, num_blocks: int) -> str:
     return f"{count} SMoA r={rank} K={num_blocks}"
 
 
-def _speeds(results: Sequence[LoadResult]) -> list[float]:
-    return [result.tokens_per_s for result in results]
+def _speeds(results: Sequence[Repeat]) -> list[float]:
+    return [result.load.tokens_per_s for result in results]
 
 
-def _bars(results: dict[str, list[LoadResult]]) -> list[Bar]:
+def _bars(results: dict[str, list[Repeat]]) -> list[Bar]:
     speeds = {name: _speeds(found) for name, found in results.items()}
     plugin, stock, enabled = (speeds[f"base, {name}"] for name in (PLUGIN, STOCK, LORA))
     bars = [
@@ -108,11 +108,11 @@ def _bars(results: dict[str, list[LoadResult]]) -> list[Bar]:
     return bars
 
 
-def _rows(model: str, plan: Plan, results: dict[str, list[LoadResult]]) -> list[dict[str, object]]:
+def _rows(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, found in results.items():
         speeds = _speeds(found)
-        samples = [sample for result in found for sample in result.samples]
+        samples = [sample for result in found for sample in result.load.samples]
         rows.append(
             {
                 "kind": "serving",
@@ -122,22 +122,24 @@ def _rows(model: str, plan: Plan, results: dict[str, list[LoadResult]]) -> list[
                 "tokens_per_s": round(statistics.median(speeds), 2),
                 "spread": [round(min(speeds), 2), round(max(speeds), 2)],
                 "values": [round(speed, 2) for speed in speeds],
+                "cpu_s": [round(result.cpu_s, 2) for result in found],
                 **{key: round(value, 2) for key, value in summary(samples).items()},
             }
         )
     return rows
 
 
-def _table(model: str, plan: Plan, results: dict[str, list[LoadResult]]) -> Table:
+def _table(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> Table:
     load = plan.load
     title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
-    table = Table("variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "of base", title=title)
+    table = Table("variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "CPU s", "of base", title=title)
     reference = _speeds(results[f"base, {STOCK}"])
     for name, found in results.items():
         speeds = _speeds(found)
-        facts = summary([sample for result in found for sample in result.samples])
+        facts = summary([sample for result in found for sample in result.load.samples])
         share = statistics.median(a / b for a, b in zip(speeds, reference, strict=True))
         spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
-        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}")
+        cpu_s = statistics.median(result.cpu_s for result in found)
+        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}", f"{cpu_s:.1f}")
         table.add_row(name, f"{statistics.median(speeds):.1f}", spread, *times, f"{share:.2f}")
     return table

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, serving
+from benchmarks import dense, plot, serving
 from benchmarks.bars import Bar, ratio_bar
-from benchmarks.fleet import Load, Server
+from benchmarks.fleet import Load, Repeat, Server
 from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
 from benchmarks.setup_facts import facts
 from smoa_serve.base_checkpoint import BaseCheckpoint
@@ -68,8 +68,8 @@ def test_the_dense_way_computes_the_same_delta() -> None:
     assert figures["own_s"] == pytest.approx(float(str(figures["dense_s"])) / bar.figure)
 
 
-def results(speed: float) -> list[LoadResult]:
-    return [LoadResult((Sample("m", 64, 0.1, 1.0), Sample("m", 64, 0.2, 1.0)), 128 / speed)] * 2
+def results(speed: float) -> list[Repeat]:
+    return [Repeat(LoadResult((Sample("m", 64, 0.1, 1.0), Sample("m", 64, 0.2, 1.0)), 128 / speed), 1.0)] * 2
 
 
 def test_serving_bars_compare_what_they_name() -> None:
@@ -106,3 +106,16 @@ def test_the_exit_code_says_whether_a_bar_was_missed(
     assert all(line["quick"] is True and set(facts()) <= set(line) for line in lines)
     assert len(list((tmp_path / "results").iterdir())) == 1
     assert "thing" in capsys.readouterr().out
+
+
+def test_rows_and_table_hold_every_variant(tmp_path: Path) -> None:
+    found = {"base, vLLM alone": results(10.0), "16 LoRA r=4": results(5.0)}
+    rows = serving._rows("tiny", serving.QUICK, found)
+    assert [(row["variant"], row["tokens_per_s"], row["cpu_s"]) for row in rows] == [
+        ("base, vLLM alone", 10.0, [1.0, 1.0]),
+        ("16 LoRA r=4", 5.0, [1.0, 1.0]),
+    ]
+    assert serving._table("tiny", serving.QUICK, found).row_count == 2
+    pytest.importorskip("matplotlib")
+    plot.draw([{**row, **facts()} for row in rows], tmp_path / "x" / "plot.png")
+    assert (tmp_path / "x" / "plot.png").read_bytes().startswith(b"\x89PNG")
