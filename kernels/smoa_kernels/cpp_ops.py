@@ -95,12 +95,13 @@ def _partition_row(partition: Partition) -> tuple[int, ...]:
             "the bank's blocks are not packed for the C++ kernel; make the bank with implementation='cpp'."
         )
     return (
-        partition.row_order.data_ptr(),
+        partition.row_inverse.data_ptr(),
         partition.col_order.data_ptr(),
         store.table.ctypes.data,
         store.weights.data_ptr(),
         len(partition.blocks),
         store.packed_cols,
+        partition.live_rows,
     )
 
 

@@ -102,40 +102,23 @@ inline void modulate_panels(const bf16* w, int64_t panel_stride, const uint32_t*
   }
 }
 
-// Adds `delta(r, p)` to 16 * P rows of the layer's output for R tokens: y[r][order[...]] += ..., rounded once.
-//
-// Scattered values are collected by fetch(), well before add() needs them as vectors: a vector load right after the
-// narrow stores it covers would wait for them to reach the cache. `order` ascends, so equal distance means consecutive.
-template <int P, int R>
-struct OutputTile {
-  alignas(32) bf16 value[R][P][kLanes];
-  bf16* y[R];
-  const int64_t* order;
-  int64_t count;  // rows of the layer in this tile
-
-  bool consecutive() const { return order[count - 1] - order[0] == count - 1; }
-
-  void fetch() {
-    if (consecutive()) return;
-    for (int64_t i = 0; i < count; ++i)
-      for (int r = 0; r < R; ++r) (&value[r][0][0])[i] = y[r][order[i]];
+// y[i] += delta[inverse[i]], rounded once, for the i with inverse[i] < live; the others keep their bits.
+//   gathered: room for `size` elements. A second pass over it, as a vector load right after the narrow stores it covers
+//   would wait for them to reach the cache.
+inline void add_permuted(bf16* y, const bf16* delta, const int64_t* inverse, int64_t live, int64_t size,
+                         bf16* gathered) {
+  for (int64_t i = 0; i < size; ++i) gathered[i] = delta[inverse[i]];
+  const __m512i limit = _mm512_set1_epi64(live);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const __mmask16 lanes = first_lanes(size - i);
+    const auto low = static_cast<__mmask8>(lanes), high = static_cast<__mmask8>(lanes >> 8);
+    const __m512i first = _mm512_maskz_loadu_epi64(low, inverse + i);
+    const __m512i second = _mm512_maskz_loadu_epi64(high, inverse + i + 8);
+    const unsigned low_live = _mm512_mask_cmplt_epi64_mask(low, first, limit);
+    const unsigned high_live = _mm512_mask_cmplt_epi64_mask(high, second, limit);
+    const __m512 sum = _mm512_add_ps(widen(load_lanes(y + i, lanes)), widen(load_lanes(gathered + i, lanes)));
+    _mm256_mask_storeu_epi16(y + i, static_cast<__mmask16>(low_live | high_live << 8), narrow(sum));
   }
-
-  template <typename F>
-  void add(F&& delta) {
-    const bool direct = consecutive();
-    for (int r = 0; r < R; ++r) {
-      for (int p = 0; p < P; ++p) {
-        const __mmask16 lanes = first_lanes(count - p * kLanes);
-        bf16* place = direct ? y[r] + order[0] + p * kLanes : value[r][p];
-        const __m512 sum = _mm512_add_ps(widen(load_lanes(place, lanes)), delta(r, p));
-        _mm256_mask_storeu_epi16(place, lanes, narrow(sum));
-      }
-    }
-    if (direct) return;
-    for (int64_t i = 0; i < count; ++i)
-      for (int r = 0; r < R; ++r) y[r][order[i]] = (&value[r][0][0])[i];
-  }
-};
+}
 
 }  // namespace smoa

@@ -99,24 +99,20 @@ static void expand_tile(const Tile& t, const bf16* rows, const ExpandRow* info, 
   }
 }
 
-template <int P, int R>
-static OutputTile<P, R> output_tile(const Call& call, const Job& job, const Tile& t, const int32_t* tokens) {
-  OutputTile<P, R> out;
-  for (int r = 0; r < R; ++r) out.y[r] = call.y + tokens[r] * call.y_stride + call.slices[job.slice].y_offset;
-  out.order = t.order;
-  out.count = t.num_rows < P * kLanes ? t.num_rows : P * kLanes;
-  return out;
+// Puts a token's part of the delta, rounded, where add_output finds it.
+template <int P, typename F>
+static void store_delta(const Job& job, const Tile& t, int64_t token, F&& value) {
+  bf16* delta = job.delta + token * job.delta_stride + t.row_start;
+  for (int p = 0; p < P; ++p)
+    _mm256_mask_storeu_epi16(delta + p * kLanes, first_lanes(t.num_rows - p * kLanes), narrow(value(p)));
 }
 
 template <int P, int R>
-static void plain_tile(const Call& call, const Job& job, const Tile& t, const bf16* weights, const bf16* rows,
-                       const int32_t* tokens) {
-  OutputTile<P, R> out = output_tile<P, R>(call, job, t, tokens);
-  out.fetch();
+static void plain_tile(const Job& job, const Tile& t, const bf16* weights, const bf16* rows, int64_t first_token) {
   __m512 acc[P][R];
   const int64_t pairs = t.block->packed_cols() / 2;
   multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, weights, acc);
-  out.add([&](int r, int p) { return acc[p][r]; });
+  for (int r = 0; r < R; ++r) store_delta<P>(job, t, first_token + r, [&](int p) { return acc[p][r]; });
 }
 
 // Calls f with the number of rows of each tile: `rows` rows in tiles of nearly equal size, at most R.
@@ -131,7 +127,7 @@ static void for_tiles(int64_t rows, F&& f) {
 }
 
 template <int P>
-static void expand_panels(const Call& call, const Job& job, const Tile& t, Ahead ahead) {
+static void expand_panels(const Job& job, const Tile& t, Ahead ahead) {
   float sums[kTokenChunk][kMaxPanels][kLanes];
   for (const Chunk& chunk : job.chunks) {
     std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
@@ -139,12 +135,8 @@ static void expand_panels(const Call& call, const Job& job, const Tile& t, Ahead
       const int64_t row = chunk.first_row + start;
       expand_tile<P, size>(t, job.row(*t.block, row), &job.expanded[row], sums, chunk.first_token, ahead.take());
     });
-    for_tiles<8>(chunk.num_tokens, [&](int64_t start, auto size) {
-      const int64_t first = start;
-      auto out = output_tile<P, size>(call, job, t, &job.expand_tokens[chunk.first_token + first]);
-      out.fetch();
-      out.add([&](int r, int p) { return _mm512_loadu_ps(sums[first + r][p]); });
-    });
+    for (int32_t i = 0; i < chunk.num_tokens; ++i)
+      store_delta<P>(job, t, chunk.first_token + i, [&](int p) { return _mm512_loadu_ps(sums[i][p]); });
   }
 }
 
@@ -169,7 +161,7 @@ static void modulate_group(const Call& call, const Job& job, const Tile& t, cons
                      rank_pairs, row_size / 2, space.panels);
   const bf16* rows = job.row(*t.block, group.first_row);
   for_tiles<max_tile_rows(P)>(group.num_tokens, [&](int64_t start, auto size) {
-    plain_tile<P, size>(call, job, t, space.panels, rows + start * row_size, group.tokens + start);
+    plain_tile<P, size>(job, t, space.panels, rows + start * row_size, group.first_token + start);
   });
 }
 
@@ -178,7 +170,7 @@ static void run_tile(const Call& call, size_t index, const Workspace& space) {
   const Tile& next = call.tiles[index + 1 < call.tiles.size() ? index + 1 : index];
   const Job& job = call.jobs[t.job];
   dispatch_rows<kMaxPanels>(t.num_panels, [&](auto size) {
-    if (!job.chunks.empty()) expand_panels<size>(call, job, t, {next.weights, next.panel_stride, next.num_panels});
+    if (!job.chunks.empty()) expand_panels<size>(job, t, {next.weights, next.panel_stride, next.num_panels});
     for (const ModulateGroup& group : job.groups) modulate_group<size>(call, job, t, group, space);
   });
 }
@@ -195,7 +187,21 @@ static void prepare_item(const Call& call, size_t i, bf16* sorted) {
   pair_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a_pairs);
 }
 
+// One token's delta of one slice onto y. Only here is y written: blocks interleave in it, so tiles that wrote it
+// themselves would take each other's cache lines away.
+static void add_output(const Call& call, const Output& output, bf16* gathered) {
+  const Job& job = call.jobs[output.job];
+  const Slice& slice = call.slices[job.slice];
+  add_permuted(call.y + output.token * call.y_stride + slice.y_offset, job.delta + output.position * job.delta_stride,
+               job.partition->row_inverse, job.partition->live_rows, slice.h_out, gathered);
+}
+
 constexpr int kSpins = 2000;  // some tens of microseconds, then the core is offered to others
+
+static void wait_for(const std::atomic<size_t>& done, size_t all) {
+  for (int spins = 0; done.load(std::memory_order_acquire) < all; ++spins)
+    spins < kSpins ? _mm_pause() : std::this_thread::yield();
+}
 
 // Threads take work as they come, and wait only for what another has taken: one that the system does not let run (the
 // cores are often shared with the HTTP server) holds up nobody before the end.
@@ -203,7 +209,7 @@ static void run(Call& call) {
   const size_t items = call.sources.size() + call.pairings.size();
   // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
   const size_t run = std::clamp<size_t>(call.tiles.size() / (8 * omp_get_max_threads()), 1, 8);
-  std::atomic<size_t> next_item{0}, items_done{0}, next_run{0};
+  std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
 #pragma omp parallel
   {
     const Workspace space = call.workspace(omp_get_thread_num());
@@ -211,10 +217,15 @@ static void run(Call& call) {
       prepare_item(call, i, space.sorted);
       items_done.fetch_add(1, std::memory_order_release);
     }
-    for (int spins = 0; items_done.load(std::memory_order_acquire) < items; ++spins)
-      spins < kSpins ? _mm_pause() : std::this_thread::yield();
-    for (size_t i; (i = next_run.fetch_add(run, std::memory_order_relaxed)) < call.tiles.size();)
-      for (size_t end = std::min(i + run, call.tiles.size()); i < end; ++i) run_tile(call, i, space);
+    wait_for(items_done, items);
+    for (size_t i; (i = next_run.fetch_add(run, std::memory_order_relaxed)) < call.tiles.size();) {
+      const size_t end = std::min(i + run, call.tiles.size());
+      for (size_t tile = i; tile < end; ++tile) run_tile(call, tile, space);
+      tiles_done.fetch_add(end - i, std::memory_order_release);
+    }
+    wait_for(tiles_done, call.tiles.size());
+    for (size_t i; (i = next_output.fetch_add(1, std::memory_order_relaxed)) < call.outputs.size();)
+      add_output(call, call.outputs[i], space.sorted);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -28,7 +29,7 @@ struct Chunk {
 };
 
 struct ModulateGroup {
-  int64_t slot, rank, first_row, num_tokens;
+  int64_t slot, rank, first_row, first_token, num_tokens;  // first_token: position among the job's tokens
   const int32_t* tokens;
   uint32_t* a_pairs;
 };
@@ -36,13 +37,16 @@ struct ModulateGroup {
 struct Job {  // one partition of one slice: expanded rows first, then the rows of each modulating group
   int64_t slice = 0;
   const Partition* partition = nullptr;
-  bf16* rows = nullptr;  // [blocks][num_rows][packed columns of the block]
+  bf16* rows = nullptr;   // [blocks][num_rows][packed columns of the block]
+  bf16* delta = nullptr;  // [num_tokens][delta_stride], sorted rows of the layer
+  int64_t delta_stride = 0;
   std::vector<ExpandRow> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
   std::vector<ModulateGroup> groups;
   int64_t plain_rows = 0;
   int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
+  int64_t num_tokens() const { return static_cast<int64_t>(expand_tokens.size()) + plain_rows; }
   bf16* row(const Block& block, int64_t i) const {
     return rows + num_rows() * block.packed_col + i * block.packed_cols();
   }
@@ -52,7 +56,6 @@ struct Tile {  // some panels of one block: the unit of parallel work
   int32_t job, num_panels;
   const Block* block;
   const bf16* weights;
-  const int64_t* order;
   int64_t panel_stride, row_start, num_rows;  // rows of the block from here on
 };
 
@@ -72,8 +75,12 @@ struct Pairing {
   int32_t job, group;
 };
 
+struct Output {
+  int32_t job, position, token;
+};
+
 struct Workspace {
-  bf16 *sorted, *panels;
+  bf16 *sorted, *panels;  // sorted: one row of x, or of the output
   __m512i* factors;
 };
 
@@ -101,6 +108,7 @@ struct Call {
   std::vector<Row> sources;
   std::vector<Pairing> pairings;
   std::vector<Tile> tiles;
+  std::vector<Output> outputs;
   int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
   char* thread_space = nullptr;
 
@@ -137,7 +145,7 @@ struct Call {
     const int64_t count = group.end - group.start;
     const int32_t* tokens = step.token_order + group.start;
     if (count + step.form + step.form_per_rank * entry.rank < static_cast<double>(count * entry.rank)) {
-      job.groups.push_back({group.slot, entry.rank, job.plain_rows, count, tokens, nullptr});
+      job.groups.push_back({group.slot, entry.rank, job.plain_rows, job.plain_rows, count, tokens, nullptr});
       job.plain_rows += count;
       return;
     }
@@ -158,12 +166,17 @@ struct Call {
   // The rows of the modulating groups come after all expanded rows, whose number is only known now.
   void add_rows(int32_t j) {
     Job& job = jobs[j];
+    const auto expanding = static_cast<int32_t>(job.expand_tokens.size());
+    for (int32_t i = 0; i < expanding; ++i) outputs.push_back({j, i, job.expand_tokens[i]});
     for (size_t g = 0; g < job.groups.size(); ++g) {
       ModulateGroup& group = job.groups[g];
       group.first_row += static_cast<int64_t>(job.expanded.size());
+      group.first_token += expanding;
       pairings.push_back({j, static_cast<int32_t>(g)});
-      for (int64_t t = 0; t < group.num_tokens; ++t)
+      for (int64_t t = 0; t < group.num_tokens; ++t) {
         sources.push_back({j, static_cast<int32_t>(group.slot), 0, group.tokens[t], group.first_row + t});
+        outputs.push_back({j, static_cast<int32_t>(group.first_token + t), group.tokens[t]});
+      }
     }
   }
 
@@ -179,7 +192,7 @@ struct Call {
         const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(bf16));
         if (!jobs[j].groups.empty() && panels_size > panel_bytes) panel_bytes = panels_size;
         tiles.push_back({j, static_cast<int32_t>(end - first), &block, part.weights + block.weight + first * stride,
-                         part.row_order + row, stride, row, block.rows - first * kLanes});
+                         stride, row, block.rows - first * kLanes});
       }
     }
   }
@@ -194,7 +207,10 @@ struct Call {
     };
     for (Job& job : jobs) {
       const Partition& part = *job.partition;
-      if (2 * part.packed_cols > sorted_bytes) sorted_bytes = (2 * part.packed_cols + 63) & ~int64_t{63};
+      const int64_t h_out = slices[job.slice].h_out;
+      sorted_bytes = std::max(sorted_bytes, (2 * std::max(part.packed_cols, h_out) + 63) & ~int64_t{63});
+      job.delta_stride = (h_out + 31) & ~int64_t{31};
+      job.delta = reinterpret_cast<bf16*>(take(job.num_tokens() * job.delta_stride * 2));
       job.rows = reinterpret_cast<bf16*>(take(job.num_rows() * part.packed_cols * 2));
       for (ModulateGroup& group : job.groups)
         group.a_pairs = reinterpret_cast<uint32_t*>(take((group.rank + 1) / 2 * part.packed_cols * 4));

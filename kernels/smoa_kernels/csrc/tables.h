@@ -12,10 +12,10 @@ struct Block {
 };
 
 struct Partition {
-  const int64_t *row_order, *col_order;
+  const int64_t *row_inverse, *col_order;  // sorted position of a native row; native column at a sorted position
   const Block* blocks;
   const bf16* weights;
-  int64_t num_blocks, packed_cols;
+  int64_t num_blocks, packed_cols, live_rows;  // sorted rows from live_rows on belong to no block
 };
 
 struct Entry {
