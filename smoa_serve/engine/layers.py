@@ -111,13 +111,14 @@ def slice_sizes(layer: BaseLinearLayerWithLoRA) -> tuple[int, ...]:
 
 def attach(
     layer: BaseLinearLayerWithLoRA, module_name: str, plan: StepPlan, num_slots: int, dtype: torch.dtype
-) -> SmoaLinearMixin:
+) -> None:
     """Turn a wrapped layer into one that adds SMoA deltas. The slots' memory is vLLM's own LoRA buffers.
 
     A slot holds either LoRA factors or SMoA factors; the two per-step maps never send a token to both.
     """
     sizes, columns = slice_sizes(layer), int(layer.lora_a_stacked[0].shape[-1])
-    layer.__class__ = _smoa_class(type(layer))
+    cls: type = type(layer)
+    layer.__class__ = _smoa_class(cls)
     layer.smoa_weight = ServedWeight(layer.base_layer, sizes, columns, dtype)
     layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
     layer.smoa_bank = LayerBank(
@@ -125,7 +126,6 @@ def attach(
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
         weight_block=layer.smoa_weight.block,
     )
-    return layer
 
 
 def _slots(stacked: Tensor, num_slots: int) -> Tensor:
@@ -160,7 +160,7 @@ def _delta_fake(y: Tensor, x: Tensor, layer_name: str) -> None:
 
 def register_op() -> None:
     """Register `torch.ops.smoa_serve.delta`, once per process."""
-    library = torch.library.Library("smoa_serve", "FRAGMENT")
+    library = torch.library.Library("smoa_serve", "FRAGMENT")  # type: ignore[no-untyped-call]
     direct_register_custom_op(
         op_name="delta", op_func=_delta, mutates_args=["y"], fake_impl=_delta_fake, target_lib=library
     )

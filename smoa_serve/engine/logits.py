@@ -34,6 +34,7 @@ def _base_class(cls: type) -> type:
 
 def leave_out(layer: LogitsProcessorWithLoRA) -> None:
     """Turn the wrapped logits processor back into the base model's, and free its slots."""
-    layer.__class__ = _base_class(type(layer))
+    cls: type = type(layer)
+    layer.__class__ = _base_class(cls)
     layer.lora_a_stacked = torch.empty(0)
     layer.lora_b_stacked = torch.empty(0)

@@ -1,7 +1,9 @@
 """The base weight of a wrapped layer, as it is served on this rank."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoa_serve.errors import BaseModelError
 
@@ -22,7 +24,7 @@ class ServedWeight:
         dtype: the model's dtype.
     """
 
-    def __init__(self, base_layer: nn.Module, slice_sizes: tuple[int, ...], columns: int, dtype: torch.dtype) -> None:
+    def __init__(self, base_layer: Any, slice_sizes: tuple[int, ...], columns: int, dtype: torch.dtype) -> None:
         self._layer = base_layer
         self._columns = columns
         self._offsets = [sum(slice_sizes[:index]) for index in range(len(slice_sizes))]

@@ -69,7 +69,7 @@ async def list_adapters(raw_request: Request) -> AdapterList:
 
 def _residence(statuses: list[dict[str, Any]], lora_int_id: int) -> str:
     ladder = ("stored", "host", "slot")
-    found = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]
+    found: list[str] = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]
     return min(found, key=ladder.index)
 
 

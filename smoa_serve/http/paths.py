@@ -34,12 +34,13 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
             f"the adapter path {path!r} lies outside the configured folders; give a path below one of them, "
             "absolute or relative to it, without '..' and without links that lead out"
         )
-    root, found = next(((root, real) for root, real in inside if real.exists()), (None, None))
-    if root is None or found is None:
+    existing = [(root, real) for root, real in inside if real.exists()]
+    if not existing:
         raise AdapterNotFoundError(path, "there is nothing at this path")
+    root, found = existing[0]
     for file in found.iterdir() if found.is_dir() else ():
-        real = _resolve(file)
-        if real is None or not real.is_relative_to(root):
+        target = _resolve(file)
+        if target is None or not target.is_relative_to(root):
             raise PathNotAllowedError(f"{file.name} of the adapter {path!r} is a link out of the configured folders")
     return found
 

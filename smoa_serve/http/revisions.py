@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from smoa_serve.store import StagedAdapter
 
-_DIGEST_LENGTH = 16
+_DIGEST_LENGTH = 32
 _ENGINE_NAME = re.compile(rf"(.+)@[0-9a-f]{{{_DIGEST_LENGTH}}}", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,255}")
 

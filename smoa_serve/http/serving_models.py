@@ -28,7 +28,6 @@ from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
-ErrorResponse = vllm_serving.ErrorResponse
 
 _STATUS = {
     AdapterNotFoundError: HTTPStatus.NOT_FOUND,
@@ -151,7 +150,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> "ErrorResponse | str":
+    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """`POST /v1/load_lora_adapter`. With `load_inplace`, new content replaces the name's revision at once; requests
         that run finish on the revision they began with."""
         async with self.lora_resolver_lock[request.lora_name]:
@@ -175,7 +174,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 return download(path)
             raise
 
-    async def unload_lora_adapter(self, request: Any) -> "ErrorResponse | str":
+    async def unload_lora_adapter(self, request: Any) -> Any:
         """`POST /v1/unload_lora_adapter`: new requests get 404 at once; memory is freed when running ones are done."""
         async with self.lora_resolver_lock[request.lora_name]:
             refused = await self._check_unload_lora_adapter_request(request)
@@ -185,7 +184,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             self._remove_later(self.revisions.pop(request.lora_name))
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
-    async def resolve_lora(self, lora_name: str) -> "LoRARequest | ErrorResponse":
+    async def resolve_lora(self, lora_name: str) -> Any:
         """Ask vLLM's resolvers for an unknown name; what they find is served as a revision like any other."""
         async with self.lora_resolver_lock[lora_name]:
             if lora_name in self.lora_requests:
@@ -222,6 +221,6 @@ def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kw
     instance.begin()
 
 
-def _error_response(error: SmoaError) -> "ErrorResponse":
+def _error_response(error: SmoaError) -> Any:
     status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
     return vllm_serving.create_error_response(message=str(error), err_type=status.phrase, status_code=status)

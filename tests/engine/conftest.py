@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +84,21 @@ def vllm_environment(folder: Path, **extra: str) -> dict[str, str]:
 
 @contextmanager
 def run_server(
-    base: Path, folder: Path, *arguments: str, environment: dict[str, str] | None = None, command: str = "vllm"
+    base: Path, folder: Path, *arguments: str, environment: dict[str, str] | None = None, command: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """`vllm serve BASE …` (or `smoa-serve serve …`) until the block ends."""
+    """`vllm serve BASE …` (or another command's `serve`) until the block ends."""
     port = free_port()
     log = folder / f"server-{port}.log"
-    executable = Path(sys.executable).parent / command
-    line = [str(executable), "serve", str(base), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    line = [
+        *(command or [str(Path(sys.executable).with_name("vllm"))]),
+        "serve",
+        str(base),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *arguments,
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen(
             line,
@@ -160,7 +168,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`with serving(base, *arguments, VARIABLE=value) as server`: a server for the length of a block."""
 
-    def serve(base: Path, *arguments: str, command: str = "vllm", **environment: str) -> Any:
+    def serve(base: Path, *arguments: str, command: Sequence[str] = (), **environment: str) -> Any:
         folder = tmp_path_factory.mktemp("server")
         variables = vllm_environment(folder, **environment)
         return run_server(base, folder, *arguments, environment=variables, command=command)
