@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.demo.artifacts import build_folder
+from smoa_serve.demo.artifacts import STAMP, build_folder
 from smoa_serve.demo.updates import block_ids
 from smoa_serve.formats import write_portable
 from smoa_serve.order_cache import cache_root
@@ -47,18 +47,27 @@ def random_base(shape: Shape) -> Path:
 
 def random_smoa(base: Path, rank: int, num_blocks: int, index: int) -> Path:
     """A SMoA adapter over all linear layers. Like the spectral order of one base, the blocks are the same for all."""
-    name = f"smoa-r{rank}-k{num_blocks}-{index}"
-    recipe = {"rank": rank, "num_blocks": num_blocks, "index": index, "version": 2}
-    folder = base.parent / "adapters" / name
+    recipe = {"rank": rank, "num_blocks": num_blocks, "index": index, "version": 2} | _made_for(base)
+    folder = _adapters_home(base) / f"smoa-r{rank}-k{num_blocks}-{index}"
     build_folder(folder, recipe, lambda out: _write_smoa(base, rank, num_blocks, index, out))
     return folder
 
 
 def random_lora(base: Path, rank: int, index: int) -> Path:
     """A LoRA adapter over the same layers."""
-    folder = base.parent / "adapters" / f"lora-r{rank}-{index}"
-    build_folder(folder, {"rank": rank, "index": index, "version": 1}, lambda out: _write_lora(base, rank, index, out))
+    recipe = {"rank": rank, "index": index, "version": 1} | _made_for(base)
+    folder = _adapters_home(base) / f"lora-r{rank}-{index}"
+    build_folder(folder, recipe, lambda out: _write_lora(base, rank, index, out))
     return folder
+
+
+def _made_for(base: Path) -> dict[str, object]:
+    return {"base": json.loads((base / STAMP).read_text(encoding="utf-8"))["digest"]}
+
+
+def _adapters_home(base: Path) -> Path:
+    """Never beside a base that is not ours: the demo serves whatever lies in its folder of adapters."""
+    return cache_root() / "benchmarks" / base.resolve().parent.name.lstrip(".") / "adapters"
 
 
 def _write_base(shape: Shape, out: Path) -> None:

@@ -34,7 +34,7 @@ class Plan:
 
 
 FULL = Plan(Load(16, 128, 64), repeats=5, counts=(1, 4, 16), delta_repeats=5)
-QUICK = Plan(Load(16, 32, 24), repeats=5, counts=(16,), delta_repeats=3)
+QUICK = Plan(Load(16, 64, 32), repeats=7, counts=(16,), delta_repeats=3)
 
 
 def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:

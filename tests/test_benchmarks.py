@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, their random models, and that a missed bar is seen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_random_models_bind_and_are_built_once() -> None:
     for name, update in first.modules.items():
         assert torch.equal(update.row_block, second.modules[name].row_block)
     assert detect_kind(random_lora(base, 2, 0)) == "lora"
+
+
+def test_adapters_never_lie_beside_the_base_of_the_demo(tmp_path: Path) -> None:
+    demo = tmp_path / ".demo" / "base"
+    shutil.copytree(random_base(TINY), demo)
+    lora = random_lora(demo, 2, 0)
+    assert tmp_path not in lora.parents
+    assert lora.parts[-3:] == ("demo", "adapters", "lora-r2-0")
 
 
 def test_the_base_loads_in_transformers() -> None:
