@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, plot, serving
+from benchmarks import dense, plot, publish, serving
 from benchmarks.bars import Bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server
 from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
@@ -128,3 +128,33 @@ def test_rows_and_table_hold_every_variant(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot.draw([{**row, **facts()} for row in rows], tmp_path / "x" / "plot.png")
     assert (tmp_path / "x" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_result_is_published_between_the_markers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = {"base, vLLM alone": results(10.0), "16 LoRA r=4": results(5.0)}
+    rows = serving._rows("tiny", serving.QUICK, found)
+    rows += [{"kind": "delta", "rank": 16, "num_blocks": 4, "own_s": 1.0, "dense_s": 20.0}]
+    rows += [Bar("thing", 0.4, 0.5, (0.3, 0.6)).row()]
+    result = tmp_path / "result.jsonl"
+    result.write_text("".join(json.dumps({"time": "2026-01-02T03:04:05", **facts(), **row}) + "\n" for row in rows))
+    (tmp_path / "docs").mkdir()
+    for name, file in (("serving", tmp_path / "docs" / "performance.md"), ("results", tmp_path / "README.md")):
+        file.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
+    for _ in range(2):
+        assert publish.main([str(result), "--root", str(tmp_path)]) == 0
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| thing | 0.50 | 0.40 | 0.30 to 0.60 | **no** |" in text
+    assert "| base, vLLM alone | 10.0 |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="no markers"):
+        publish.replace_section(tmp_path / "README.md", "results", "x")
+
+
+def test_the_documents_have_the_markers() -> None:
+    root = Path(__file__).resolve().parents[1]
+    assert "<!-- serving:end -->" in (root / "docs" / "performance.md").read_text()
+    assert "<!-- results:end -->" in (root / "README.md").read_text()

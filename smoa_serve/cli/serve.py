@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..plugin import register as register_plugin
 from .serve_settings import load_settings
 from .vllm_command import VllmCommand, vllm_command
 
@@ -76,6 +77,8 @@ def run_vllm(command: VllmCommand) -> None:
     """Become vLLM's server; returns when it has shut down."""
     os.environ.update(command.environment)
     sys.argv = command.argv
+    # vLLM only logs a plugin that fails to import; here the failure ends the start.
+    register_plugin()
     from vllm.entrypoints.cli.main import main
 
     main()

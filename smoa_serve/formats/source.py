@@ -76,7 +76,9 @@ def open_source(path: str | Path, options: LoadOptions) -> Source:
 def read_config(source: object, file: Path) -> dict[str, object]:
     """The JSON object in a configuration file."""
     if not file.is_file():
-        raise AdapterError(source, f"there is no {file}; a Trainer checkpoint has none: give one with --config FILE")
+        raise AdapterError(
+            source, f"there is no {file.name} beside it; a Trainer checkpoint has none: give one with --config FILE"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,4 +119,4 @@ def _find_weights(source: object, folder: Path) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise AdapterError(source, f"there is no weight file in {folder}; looked for {', '.join(names)}")
+    raise AdapterError(source, f"there is no weight file in it; looked for {', '.join(names)}")
