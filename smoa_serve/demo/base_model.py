@@ -48,6 +48,7 @@ def load_base(folder: Path) -> Any:
     """The stored base in float32, frozen: what adapters are trained on."""
     from transformers import LlamaForCausalLM
 
+    _hide_progress_bars()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
@@ -68,6 +69,7 @@ def logits(model: Any, batch: Batch, changed: dict[str, Tensor] | None = None) -
 def _train(out: Path, report: Report) -> None:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+    _hide_progress_bars()
     write_tokenizer(out)
     batch = encode(out / "tokenizer.json", base_conversations())
     pad, end = special_ids(out / "tokenizer.json")
@@ -88,3 +90,10 @@ def _train(out: Path, report: Report) -> None:
         raise TrainingError(f"base: rounded to bfloat16 the worst answer token has probability {worst:.3f}")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     model.save_pretrained(out)
+
+
+def _hide_progress_bars() -> None:
+    """The demo shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

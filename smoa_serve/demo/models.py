@@ -49,9 +49,6 @@ def ensure_models(root: Path, console: Console) -> DemoModels:
     Raises:
         TrainingError: a model did not learn its answers.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
     models = DemoModels(root)
     with _bars(console) as progress:
         title = "base model (Llama, 3 M weights)"
