@@ -125,7 +125,12 @@ def attach(
         a=[_slots(stacked, num_slots) for stacked in layer.lora_a_stacked],
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
         weight_block=layer.smoa_weight.block,
+        retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
     )
+
+
+# Unused partitions kept per slice, where reading a weight again is costly: a CPU's packed weight has to be recovered.
+_RETAINED = 2
 
 
 def _slots(stacked: Tensor, num_slots: int) -> Tensor:

@@ -53,7 +53,9 @@ class ServedWeight:
         weight = self._full()
         start = self._offsets[index]
         part = weight[start : start + self._sizes[index]]
-        return part.index_select(0, rows).index_select(1, cols)
+        # A whole weight in its own order (HiRA) needs no copy.
+        picked = part if _is_all(rows, part.shape[0]) else part.index_select(0, rows)
+        return picked if _is_all(cols, part.shape[1]) else picked.index_select(1, cols)
 
     def close(self) -> None:
         """Give the recovered matrix back."""
@@ -83,3 +85,8 @@ class ServedWeight:
                 )
             recovered[:, start:end] = product.t()
         return recovered
+
+
+def _is_all(index: Tensor, size: int) -> bool:
+    """Whether an index takes everything in order."""
+    return index.numel() == size and bool(torch.equal(index, torch.arange(size, device=index.device)))

@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 MIXES = 200
 TOKENS = 64
+SHORT_STEPS = {"max_num_batched_tokens": 32, "max_num_seqs": 16}
 # name -> (kind, rank of each block) of the adapters that share the slots.
 ADAPTERS = {
     "smoa-8-2": ("smoa", (4, 4)),
@@ -37,15 +38,18 @@ def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Pat
 
 @pytest.fixture(scope="module")
 def engine(vectors: Path, in_process: Callable[..., Any], adapters: dict[str, Path]) -> Iterator[Any]:
-    """Six slots for seven adapters and the base: adapters are evicted and come back all the time."""
-    with in_process(vectors / "e2e/tiny-llama/base", enable_lora=True, max_loras=6, max_cpu_loras=6) as engine:
+    """Six slots for seven adapters and the base: adapters are evicted and come back all the time. Steps are so short
+    that the longer prompts are prefilled in chunks, beside the decoding of others."""
+    with in_process(
+        vectors / "e2e/tiny-llama/base", enable_lora=True, max_loras=6, max_cpu_loras=6, **SHORT_STEPS
+    ) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def plain_engine(vectors: Path, in_process: Callable[..., Any]) -> Iterator[Any]:
     """The base model without adapters."""
-    with in_process(vectors / "e2e/tiny-llama/base") as engine:
+    with in_process(vectors / "e2e/tiny-llama/base", **SHORT_STEPS) as engine:
         yield engine
 
 
@@ -72,7 +76,7 @@ def generate(engine: Any, batch: list[tuple[str | None, list[int]]], adapters: d
 
 def prompts(count: int) -> list[list[int]]:
     rng = random.Random(7)
-    return [[rng.randrange(2, 128) for _ in range(rng.choice((1, 3, 8, 21)))] for _ in range(count)]
+    return [[rng.randrange(2, 128) for _ in range(rng.choice((1, 3, 8, 70)))] for _ in range(count)]
 
 
 def test_each_request_of_200_mixed_batches_gets_its_solo_answer(engine: Any, adapters: dict[str, Path]) -> None:

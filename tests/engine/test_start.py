@@ -72,6 +72,16 @@ def test_registering_imports_nothing_of_vllm() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.matrix
+def test_stock_vllm_takes_no_portable_adapter_for_lora(vectors: Path, makers: Any, tmp_path: Path) -> None:
+    """Without the plugin there must be an error, not wrong maths in silence."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    path = makers.make_adapter(vectors / "e2e/tiny-llama/base", tmp_path / "smoa", "smoa", (2, 2), seed=1)
+    with pytest.raises(ValueError, match=r"(?i)missing required configuration"):
+        PEFTHelper.from_local_dir(str(path), 256)
+
+
 @pytest.mark.engine
 def test_a_worker_without_the_plugin_stops_the_start(
     vectors: Path, serving: Callable[..., Any], tmp_path: Path
