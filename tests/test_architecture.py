@@ -12,6 +12,7 @@ STAGES = (
     ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings")),
     ("base checkpoint", ("base_checkpoint", "targets", "spectral", "order_cache")),
     ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
+    ("training", ("peft",)),
     ("store", ("store",)),
     ("engine plugin", ("engine",)),
     ("HTTP", ("http",)),
@@ -19,7 +20,7 @@ STAGES = (
     ("CLI", ("cli", "demo")),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
-KERNELS_FROM = 4  # the engine plugin is the first that computes deltas
+KERNELS_FROM = 5  # the engine plugin is the first that computes deltas
 FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 HEAVY = ("vllm", "triton")
@@ -83,6 +84,14 @@ def test_vllm_is_imported_at_module_level_only_by_what_lives_inside_it(file: Pat
         [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)], []
     )
     assert not [name for name in imported(file, top) if name.split(".")[0] in HEAVY]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_serving_never_imports_training(file: Path) -> None:
+    if file.relative_to(ROOT / "smoa_serve").parts[0] == "peft":
+        return
+    names = list(imported(file, ast.parse(file.read_text())))
+    assert not [name for name in names if name.split(".")[0] == "peft" or stage_module(name) == "peft"]
 
 
 def test_an_import_against_the_stream_is_seen() -> None:
