@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import warnings
 from typing import Any
 
@@ -15,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import ModuleUpdate
 from ..errors import ConfigError
 from ..formats.config import FingerprintEntry, ModuleEntry
-from ..spectral import block_pieces, scores_float32, scores_float64
 from ..stored_tensors import tensor_bytes
 from .blocks import Block, block_update, blocks_of
 from .config import SMoAConfig
+from .start import belongs, block_ids, id_dtype, initial_factors, spectral_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +94,13 @@ class SMoALinear(nn.Module, SMoALayer):
             rows, cols = spectral_pieces(weight, len(ranks), config.order)
             entry = ModuleEntry(branch_ranks=list(ranks), scaling=config.scaling, base=base)
             a, b = initial_factors(rows, cols, ranks, random_b=not config.init_lora_weights)
-            row_block, col_block = _ids(rows), _ids(cols)
+            row_block, col_block = block_ids(rows), block_ids(cols)
         else:
             entry = recorded
             # Another dtype of the same base is fine: the blocks are recorded.
             if entry.base is not None and entry.base.dtype == base.dtype and entry.base != base:
                 logger.warning("The adapter %s was trained on another weight than this layer has", adapter_name)
-            widest, ids = max(entry.branch_ranks, default=0), _id_dtype(len(entry.branch_ranks))
+            widest, ids = max(entry.branch_ranks, default=0), id_dtype(len(entry.branch_ranks))
             a, b = torch.zeros(widest, weight.shape[1]), torch.zeros(weight.shape[0], widest)
             row_block, col_block = (torch.zeros(size, dtype=ids) for size in weight.shape)
             self._awaited.add(adapter_name)
@@ -147,17 +146,23 @@ class SMoALinear(nn.Module, SMoALayer):
         """The blocks of one adapter, on the device of its factors.
 
         Raises:
-            ConfigError: its tensors were never read.
+            ConfigError: its tensors were never read, or those that were do not belong to its ranks.
         """
         if adapter_name in self._awaited:
             raise ConfigError(
                 f"adapter {adapter_name!r}: its configuration comes from a checkpoint, but the tensors beside it were "
                 "not read; use PeftModel.from_pretrained, or make a new SMoAConfig to train from the start"
             )
-        ids = self.smoa_row_block[adapter_name]
+        row_block, col_block = self.smoa_row_block[adapter_name], self.smoa_col_block[adapter_name]
         blocks = self._blocks.get(adapter_name)
-        if blocks is None or (blocks and blocks[0].rows.device != ids.device):
-            blocks = blocks_of(ids, self.smoa_col_block[adapter_name], self.entries[adapter_name].branch_ranks)
+        if blocks is None or (blocks and blocks[0].rows.device != row_block.device):
+            ranks = self.entries[adapter_name].branch_ranks
+            if not belongs(self.smoa_a[adapter_name], self.smoa_b[adapter_name], row_block, col_block, ranks):
+                raise ConfigError(
+                    f"adapter {adapter_name!r}: the tensors that were read are not those of branches of rank {ranks}; "
+                    "go on with the settings that the checkpoint was made with"
+                )
+            blocks = blocks_of(row_block, col_block, ranks)
             self._blocks[adapter_name] = blocks
         return blocks
 
@@ -234,54 +239,6 @@ class SMoALinear(nn.Module, SMoALayer):
         dtype = str(weight.dtype).removeprefix("torch.")
         digest = hashlib.sha256(tensor_bytes(stored)).hexdigest()
         return FingerprintEntry(shape=(weight.shape[0], weight.shape[1]), dtype=dtype, sha256=digest)
-
-
-def spectral_pieces(weight: Tensor, num_blocks: int, order: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Ordered coordinates of each block, rows and columns, on the CPU.
-
-    Args:
-        weight: [H_out, H_in].
-        num_blocks: K.
-        order: "gram": float64 scores, ties by coordinate; "published": float32 SVD on the CPU.
-    """
-    if order == "published":
-        positions = [torch.argsort(scores) for scores in scores_float32(weight)]
-    else:
-        device = weight.device if weight.device.type == "cuda" else "cpu"  # not every accelerator has float64
-        positions = [torch.argsort(s.cpu(), stable=True) for s in scores_float64(weight, device=str(device))]
-    rows, cols = (list(block_pieces(each, num_blocks)) for each in positions)
-    return rows, cols
-
-
-def initial_factors(
-    rows: list[Tensor], cols: list[Tensor], ranks: tuple[int, ...], *, random_b: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Factors of a new adapter: each branch's A kaiming-uniform as published, B zero (or drawn likewise).
-
-    Returns:
-        a [R, H_in] and b [H_out, R], float32.
-    """
-    widest = max(ranks, default=0)
-    a = torch.zeros(widest, sum(piece.numel() for piece in cols))
-    b = torch.zeros(sum(piece.numel() for piece in rows), widest)
-    for row_piece, col_piece, rank in zip(rows, cols, ranks, strict=True):
-        if rank and col_piece.numel():
-            a[:rank, col_piece] = nn.init.kaiming_uniform_(torch.empty(rank, col_piece.numel()), a=math.sqrt(5))
-            if random_b:
-                b[row_piece, :rank] = nn.init.kaiming_uniform_(torch.empty(row_piece.numel(), rank), a=math.sqrt(5))
-    return a, b
-
-
-def _ids(pieces: list[Tensor]) -> Tensor:
-    ids = torch.zeros(sum(piece.numel() for piece in pieces), dtype=torch.int32)
-    for k, piece in enumerate(pieces):
-        ids[piece] = k
-    return ids.to(_id_dtype(len(pieces)))
-
-
-def _id_dtype(num_blocks: int) -> torch.dtype:
-    """As in the portable format."""
-    return torch.uint8 if num_blocks <= 256 else torch.uint16
 
 
 def _restore(matrix: Tensor, replaced: list[tuple[Block, Tensor]]) -> None:

@@ -15,13 +15,13 @@ CASES = [
 
 
 def _update(shape: tuple[int, int], ranks: tuple[int, ...], seed: int = 0) -> tuple[ModuleUpdate, torch.Tensor]:
-    from smoa_serve.peft.layer import _ids, initial_factors, spectral_pieces
+    from smoa_serve.peft.start import block_ids, initial_factors, spectral_pieces
 
     torch.manual_seed(seed)
     weight = torch.randn(shape, dtype=torch.float64)
     rows, cols = spectral_pieces(weight, len(ranks), "gram")
     a, b = initial_factors(rows, cols, ranks, random_b=True)
-    return ModuleUpdate(a.double(), b.double(), _ids(rows).short(), _ids(cols).short(), ranks, 0.7), weight
+    return ModuleUpdate(a.double(), b.double(), block_ids(rows).short(), block_ids(cols).short(), ranks, 0.7), weight
 
 
 @pytest.mark.parametrize(("shape", "ranks"), CASES)

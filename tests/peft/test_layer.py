@@ -33,7 +33,7 @@ def _layer(case: dict[str, Any], tensors: dict[str, Tensor]) -> "SMoALinear":
     from smoa_serve.formats.canonical import canonical_update
     from smoa_serve.formats.config import ModuleEntry
     from smoa_serve.peft import SMoAConfig, SMoALinear
-    from smoa_serve.peft.layer import _id_dtype
+    from smoa_serve.peft.start import id_dtype
 
     ranks = case["branch_ranks"]
     factors = {
@@ -46,7 +46,7 @@ def _layer(case: dict[str, Any], tensors: dict[str, Tensor]) -> "SMoALinear":
     config = SMoAConfig(r=sum(ranks), num_blocks=len(ranks), branch_ranks=ranks, lora_dropout=0.0)
     entry = ModuleEntry(branch_ranks=ranks, scaling=case["scaling"])
     layer = SMoALinear(_base(tensors, case["fan_in_fan_out"]), "default", config, entry)
-    ids = _id_dtype(len(ranks))
+    ids = id_dtype(len(ranks))
     state = {
         "smoa_a.default": update.a,
         "smoa_b.default": update.b,
@@ -91,7 +91,7 @@ def _ulp(numbers: Tensor) -> float:
 def test_own_order_is_the_recorded_one_where_it_is_well_determined(
     vectors: Path, vector_index: dict[str, Any], order: str
 ) -> None:
-    from smoa_serve.peft.layer import spectral_pieces
+    from smoa_serve.peft.start import spectral_pieces
 
     checked = 0
     for case in vector_index["layers"]:
@@ -173,6 +173,22 @@ def test_an_unsafe_merge_leaves_the_weight_alone() -> None:
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, before)
     assert not layer.merged
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "ranks"), [(4, [4, 4, 0, 0]), (2, [4, 3]), (1, [4])], ids=["more-blocks", "narrower", "fewer-blocks"]
+)
+def test_tensors_of_other_branches_are_refused(num_blocks: int, ranks: list[int]) -> None:
+    from smoa_serve.errors import ConfigError
+    from smoa_serve.peft import SMoAConfig, SMoALinear
+
+    torch.manual_seed(0)
+    made = SMoALinear(nn.Linear(9, 7), "default", SMoAConfig(r=8, num_blocks=2, init_lora_weights=False), None)
+    other = SMoAConfig(r=sum(ranks), num_blocks=num_blocks, branch_ranks=ranks)
+    resumed = SMoALinear(nn.Linear(9, 7), "default", other, None)
+    resumed.load_state_dict(made.state_dict())
+    with pytest.raises(ConfigError, match="the settings that the checkpoint was made with"):
+        resumed(torch.ones(1, 9))
 
 
 def test_a_quantized_weight_is_refused() -> None:

@@ -128,9 +128,11 @@ def test_fifty_steps_give_the_losses_of_the_dense_formula(base_path: Path, check
         {"num_blocks": 3, "branch_ranks": [4, 0, 0]},
         {"target_modules": "all-linear", "num_blocks": 4, "r": 6, "lora_alpha": 3, "order": "published"},
         {"layers_to_transform": [1]},
+        {"num_blocks": 300, "r": 40},
+        {"r": 0},
         {"task_type": None},
     ],
-    ids=["plain", "rank-zero-blocks", "all-linear", "one-layer", "no-task"],
+    ids=["plain", "rank-zero-blocks", "all-linear", "one-layer", "many-blocks", "no-rank", "no-task"],
 )
 def test_a_saved_adapter_is_read_by_the_server_and_by_peft(
     base_path: Path, tmp_path: Path, settings: dict[str, Any]
