@@ -30,8 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too, one JSON object a line")
     options = parser.parse_args(arguments)
     errors = Console(stderr=True)
-    if busy() > 0.5:
-        errors.print(f"[yellow]this machine is busy ({busy():.0%} of its cores): figures will spread[/]")
+    load_before = busy()
+    if load_before > 0.5:
+        errors.print(f"[yellow]this machine is busy ({load_before:.0%} of its cores): figures will spread[/]")
     # Read when torch is first imported: threads that wait must not take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     begin = time.monotonic()
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SmoaError as error:
         errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
-    _write(options.what, options.quick, options.json, [*rows, *(bar.row() for bar in bars)])
+    shared = {"what": options.what, "quick": options.quick, "busy_before": round(load_before, 2), **facts()}
+    _write(shared, options.json, [*rows, *(bar.row() for bar in bars)])
     for bar in bars:
         print(bar.line())
     print(f"{options.what}: {time.monotonic() - begin:.0f} s")
@@ -60,12 +62,12 @@ def _run(what: str, *, quick: bool) -> tuple[list[dict[str, object]], list[Bar]]
     return rows, []
 
 
-def _write(what: str, quick: bool, extra: Path | None, rows: list[dict[str, object]]) -> None:
+def _write(shared: dict[str, object], extra: Path | None, rows: list[dict[str, object]]) -> None:
     """One JSON object a line, each with the setup, so that a line means something alone."""
-    shared = {"what": what, "quick": quick, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts()}
+    shared = shared | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     text = "".join(json.dumps(shared | row) + "\n" for row in rows)
     RESULTS.mkdir(exist_ok=True)
-    name = f"{what}{'-quick' if quick else ''}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    name = f"{shared['what']}{'-quick' if shared['quick'] else ''}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     for file in (RESULTS / name, extra):
         if file is not None:
             file.write_text(text, encoding="utf-8")

@@ -33,15 +33,17 @@ class Server:
         name: for people.
         plugin: with this project's plugin, or stock vLLM.
         adapters: name → folder; with none, LoRA is not even enabled.
+        flags: of vLLM, beside those all servers have.
     """
 
     name: str
     plugin: bool
     adapters: Mapping[str, Path]
+    flags: tuple[str, ...] = ()
 
     def command(self, base: Path, port: int) -> list[str]:
         """How it is started."""
-        flags = ["--served-model-name", "base", "--max-model-len", "1024", "--no-enable-prefix-caching"]
+        flags = ["--served-model-name", "base", "--max-model-len", "1024", "--no-enable-prefix-caching", *self.flags]
         if _on_gpu():
             flags += ["--gpu-memory-utilization", "0.25"]
         if self.adapters:

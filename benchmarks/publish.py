@@ -72,7 +72,8 @@ def setup_line(row: Row) -> str:
     """Hardware and versions in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     hardware = f"{row['hardware']}, {row['cores']} cores, {row['memory_gib']} GiB"
-    return f"{hardware}; Python {row['python']}, {versions}; {row['time'][:10]}."
+    others = f"; others used {row['busy_before']:.0%} of the cores before the start" if row["busy_before"] > 0.1 else ""
+    return f"{hardware}; Python {row['python']}, {versions}; {row['time'][:10]}{others}."
 
 
 def load_words(row: Row) -> str:

@@ -19,7 +19,7 @@ from smoa_serve.demo.models import ensure_models
 CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
 LORA_RANK = 4
 ADAPTERS = 16
-STOCK, LORA, PLUGIN = "vLLM alone", "vLLM with LoRA", "vLLM with smoa-serve"
+STOCK, EAGER, LORA, PLUGIN = "vLLM alone", "vLLM alone, eager", "vLLM with LoRA", "vLLM with smoa-serve"
 DEMO_DIR = Path(".demo")
 
 
@@ -31,10 +31,11 @@ class Plan:
     repeats: int
     counts: tuple[int, ...]
     delta_repeats: int
+    eager: bool  # also the base without compilation: vLLM compiles nothing on a CPU once LoRA is enabled
 
 
-FULL = Plan(Load(16, 128, 64), repeats=5, counts=(1, 4, 16), delta_repeats=5)
-QUICK = Plan(Load(16, 64, 32), repeats=7, counts=(16,), delta_repeats=3)
+FULL = Plan(Load(16, 128, 64), repeats=5, counts=(1, 4, 16), delta_repeats=5, eager=True)
+QUICK = Plan(Load(16, 64, 32), repeats=7, counts=(16,), delta_repeats=3, eager=False)
 
 
 def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
@@ -75,6 +76,8 @@ def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[Repeat]
         for i in range(ADAPTERS)
     }
     servers = [Server(STOCK, False, {}), Server(LORA, False, lora), Server(PLUGIN, True, smoa)]
+    if plan.eager:
+        servers.insert(1, Server(EAGER, False, {}, ("--enforce-eager",)))
     variants = [Variant(f"base, {server.name}", server.name, ("base",)) for server in servers]
     variants.append(Variant(f"{ADAPTERS} LoRA r={LORA_RANK}", LORA, tuple(lora)))
     for rank, num_blocks in CONFIGURATIONS:

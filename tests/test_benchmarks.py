@@ -137,7 +137,11 @@ def test_a_result_is_published_between_the_markers(tmp_path: Path) -> None:
     rows += [{"kind": "delta", "rank": 16, "num_blocks": 4, "own_s": 1.0, "dense_s": 20.0}]
     rows += [Bar("thing", 0.4, 0.5, (0.3, 0.6)).row()]
     result = tmp_path / "result.jsonl"
-    result.write_text("".join(json.dumps({"time": "2026-01-02T03:04:05", **facts(), **row}) + "\n" for row in rows))
+    result.write_text(
+        "".join(
+            json.dumps({"time": "2026-01-02T03:04:05", "busy_before": 0.5, **facts(), **row}) + "\n" for row in rows
+        )
+    )
     (tmp_path / "docs").mkdir()
     for name, file in (("serving", tmp_path / "docs" / "performance.md"), ("results", tmp_path / "README.md")):
         file.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
@@ -145,6 +149,7 @@ def test_a_result_is_published_between_the_markers(tmp_path: Path) -> None:
         assert publish.main([str(result), "--root", str(tmp_path)]) == 0
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert "old" not in text
+    assert "others used 50% of the cores before the start" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| thing | 0.50 | 0.40 | 0.30 to 0.60 | **no** |" in text
