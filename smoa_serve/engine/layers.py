@@ -48,14 +48,26 @@ class SmoaLinearMixin:
     smoa_plan: StepPlan
     smoa_weight: ServedWeight
     smoa_key: str
+    punica_wrapper: Any
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output with LoRA and SMoA deltas: [..., H_out]."""
         output: Tensor = super().apply(x, bias)  # type: ignore[misc]
+        # Base traffic pays nothing where the branch is taken anew every step: vLLM compiles no CPU model with LoRA.
+        if x.device.type == "cpu" and not self.smoa_plan.active and not torch.compiler.is_compiling():
+            return output
         # The whole output where it is two-dimensional: a mutated view miscompiles under inductor.
         y = output if output.ndim == 2 else output.view(-1, output.shape[-1])
         torch.ops.smoa_serve.delta(y, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), self.smoa_key)
         return output
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        # vLLM's CPU path makes its scratch buffers before it sees that no token has a LoRA adapter. On other devices
+        # the attribute must not decide: a compiled graph would keep the branch it was traced with.
+        if x.device.type == "cpu" and self.punica_wrapper.no_lora:
+            return output
+        result: Tensor = super()._apply_lora_to_output(x, output)  # type: ignore[misc]
+        return result
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter into a slot: SMoA into the bank, anything else the way vLLM does."""
