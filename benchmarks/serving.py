@@ -34,7 +34,7 @@ class Plan:
     eager: bool  # also the base without compilation: vLLM compiles nothing on a CPU once LoRA is enabled
 
 
-FULL = Plan(Load(16, 128, 64), repeats=5, counts=(1, 4, 16), delta_repeats=5, eager=True)
+FULL = Plan(Load(16, 128, 64), repeats=3, counts=(1, 4, 16), delta_repeats=5, eager=True)
 QUICK = Plan(Load(16, 64, 32), repeats=7, counts=(16,), delta_repeats=3, eager=False)
 
 

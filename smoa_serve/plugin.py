@@ -6,6 +6,7 @@ of vLLM's own imports stays as it is; a seam that cannot be replaced fails that 
 
 import logging
 from types import ModuleType
+from typing import Any
 
 import wrapt
 
@@ -43,6 +44,15 @@ def _enter_worker(module: ModuleType) -> None:
     module.WorkerBase.smoa_status = rpc.smoa_status
 
 
+def _enter_cpu_platform(module: ModuleType) -> None:
+    def allow(wrapped: Any, platform: Any, args: Any, kwargs: Any) -> None:
+        from smoa_serve.engine.compiling import allow_compilation
+
+        allow_compilation(wrapped, platform, args, kwargs)
+
+    wrapt.wrap_function_wrapper(module, "CpuPlatform.check_and_update_config", allow)
+
+
 def _enter_async_engine(module: ModuleType) -> None:
     from smoa_serve.http.counting import count_requests
 
@@ -61,6 +71,7 @@ _registered: set[str] = set()
 _HOOKS = {
     "vllm.v1.worker.lora_model_runner_mixin": _enter_worker_manager,
     "vllm.v1.worker.worker_base": _enter_worker,
+    "vllm.platforms.cpu": _enter_cpu_platform,
     "vllm.v1.engine.async_llm": _enter_async_engine,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
 }

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import torch
+
 from ..errors import ConfigError
 from ..formats import LoadOptions
 from .adapter_limits import adapters_in, default_limits
@@ -49,8 +51,10 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         raise ConfigError("--lora-modules is made by smoa-serve; give adapters with --adapter NAME=PATH")
     adapters = _adapters(settings)
     roots = _roots(settings, environment)
-    # Deltas are not captured in CUDA graphs yet, and the engine refuses adapters where there are graphs.
-    defaults: dict[str, FlagValue] = {"enable-lora": True, "enforce-eager": True}
+    defaults: dict[str, FlagValue] = {"enable-lora": True}
+    if torch.cuda.is_available():
+        # Deltas are not captured in CUDA graphs yet, and the engine refuses adapters where there are graphs.
+        defaults["enforce-eager"] = True
     if not given.issuperset(LIMITS):
         defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=settings.allow_pickle))
     # vLLM refuses loading at run time with several API servers, its default for data parallel.

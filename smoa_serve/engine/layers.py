@@ -10,9 +10,12 @@ from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from smoa_serve.adapter import ModuleUpdate
+from smoa_serve.engine.compiling import embedding_delta
 from smoa_serve.engine.weights import ServedWeight
 
 
@@ -42,32 +45,38 @@ class SmoaLinearMixin:
         smoa_plan: the manager's step plan.
         smoa_weight: the base weight as served.
         smoa_key: name in the forward context.
+        smoa_adds_lora: the op adds the LoRA part too. vLLM's CPU kernels for it branch in Python on the batch, which a
+            compiled graph would freeze; inside the op they may.
     """
 
     smoa_bank: LayerBank
     smoa_plan: StepPlan
     smoa_weight: ServedWeight
     smoa_key: str
+    smoa_adds_lora: bool
     punica_wrapper: Any
+    base_layer: Any
+    lora_a_stacked: tuple[Tensor, ...]
+    lora_b_stacked: tuple[Tensor, ...]
+    output_slices: tuple[int, ...]
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output with LoRA and SMoA deltas: [..., H_out]."""
-        output: Tensor = super().apply(x, bias)  # type: ignore[misc]
-        # Base traffic pays nothing where the branch is taken anew every step: vLLM compiles no CPU model with LoRA.
-        if x.device.type == "cpu" and not self.smoa_plan.active and not torch.compiler.is_compiling():
-            return output
+        output: Tensor
+        if self.smoa_adds_lora:
+            output = self.base_layer.quant_method.apply(self.base_layer, x, bias)
+        else:
+            output = super().apply(x, bias)  # type: ignore[misc]
         # The whole output where it is two-dimensional: a mutated view miscompiles under inductor.
         y = output if output.ndim == 2 else output.view(-1, output.shape[-1])
         torch.ops.smoa_serve.delta(y, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), self.smoa_key)
         return output
 
-    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        # vLLM's CPU path makes its scratch buffers before it sees that no token has a LoRA adapter. On other devices
-        # the attribute must not decide: a compiled graph would keep the branch it was traced with.
-        if x.device.type == "cpu" and self.punica_wrapper.no_lora:
-            return output
-        result: Tensor = super()._apply_lora_to_output(x, output)  # type: ignore[misc]
-        return result
+    def add_deltas(self, y: Tensor, x: Tensor) -> None:
+        """What the op does: y [T, H_out] += the SMoA deltas of x [T, H_in], and LoRA's part if this layer adds it."""
+        if self.smoa_adds_lora and not self.punica_wrapper.no_lora:
+            self.punica_wrapper.add_lora_linear(y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices)
+        smoa_delta(y, x, self.smoa_bank, self.smoa_plan)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter into a slot: SMoA into the bank, anything else the way vLLM does."""
@@ -133,11 +142,24 @@ def attach(
     layer.__class__ = _smoa_class(cls)
     layer.smoa_weight = ServedWeight(layer.base_layer, sizes, columns, dtype)
     layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
+    layer.smoa_adds_lora = plan.device.type == "cpu" and not _has_own_forward(layer)
     layer.smoa_bank = LayerBank(
         a=[_slots(stacked, num_slots) for stacked in layer.lora_a_stacked],
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
         weight_block=layer.smoa_weight.block,
         retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
+    )
+
+
+def can_be_opaque(layer: Any) -> bool:
+    """Whether `attach` makes everything in the layer that depends on the batch run inside the op."""
+    return isinstance(layer, BaseLinearLayerWithLoRA) and not _has_own_forward(layer)
+
+
+def _has_own_forward(layer: Any) -> bool:
+    """Whether vLLM calls the base layer's own forward instead of its matrix product."""
+    return isinstance(layer, MergedColumnParallelLinearWithLoRA) and (
+        getattr(type(layer.base_layer), "forward", None) is not ColumnParallelLinear.forward
     )
 
 
@@ -167,8 +189,7 @@ def _with_empty_slot(tensor: Tensor) -> Tensor:
 
 
 def _delta(y: Tensor, x: Tensor, layer_name: str) -> None:
-    layer = get_forward_context().no_compile_layers[layer_name]
-    smoa_delta(y, x, layer.smoa_bank, layer.smoa_plan)
+    get_forward_context().no_compile_layers[layer_name].add_deltas(y, x)
 
 
 def _delta_fake(y: Tensor, x: Tensor, layer_name: str) -> None:
@@ -176,10 +197,17 @@ def _delta_fake(y: Tensor, x: Tensor, layer_name: str) -> None:
 
 
 def register_op() -> None:
-    """Register `torch.ops.smoa_serve.delta`, once per process."""
+    """Register the ops under `torch.ops.smoa_serve`, once per process."""
     library = torch.library.Library("smoa_serve", "FRAGMENT")  # type: ignore[no-untyped-call]
     direct_register_custom_op(
         op_name="delta", op_func=_delta, mutates_args=["y"], fake_impl=_delta_fake, target_lib=library
+    )
+    direct_register_custom_op(
+        op_name="embedding_delta",
+        op_func=embedding_delta,
+        mutates_args=["y"],
+        fake_impl=_delta_fake,
+        target_lib=library,
     )
     _LIBRARIES.append(library)
 

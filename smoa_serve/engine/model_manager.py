@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from smoa_kernels import StepPlan
 from vllm.config import VllmConfig
-from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, LoRAMappingType
+from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, LoRAMappingType, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 
 from smoa_serve.adapter import Adapter
-from smoa_serve.engine import layers, logits
+from smoa_serve.engine import compiling, layers, logits
 from smoa_serve.engine.binding import bind_modules
 from smoa_serve.errors import AdapterError
 
@@ -62,12 +62,21 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         """Called by vLLM for every layer it wrapped."""
         if isinstance(module, LogitsProcessorWithLoRA):
             logits.leave_out(module)
-        elif self.device.type == "cpu" and hasattr(module, "lora_b_stacked"):
-            layers.add_empty_slot(module)
+        elif self.device.type == "cpu":
+            self._register_cpu_module(module_name, module)
         if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
             layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype)
             self._static_context[layers.layer_key(module_name)] = module
         super().register_module(module_name, module)
+
+    def _register_cpu_module(self, module_name: str, module: BaseLayerWithLoRA) -> None:
+        if hasattr(module, "lora_b_stacked"):
+            layers.add_empty_slot(module)
+        if isinstance(module, VocabParallelEmbeddingWithLoRA):
+            compiling.make_opaque(module, layers.layer_key(module_name))
+            self._static_context[layers.layer_key(module_name)] = module
+        elif not layers.can_be_opaque(module) or not self._is_language(module_name):
+            compiling.forbid_compilation(self.model)
 
     def _is_language(self, module_name: str) -> bool:
         """Whether the layer sees the language model's tokens: towers and connectors have token maps of their own."""

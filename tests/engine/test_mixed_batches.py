@@ -129,6 +129,22 @@ def test_an_adapters_answer_is_that_of_the_merged_weights(
             assert float(expected.max() - expected[token]) < 1e-3
 
 
+def test_a_compiled_model_gives_the_answers_of_the_eager_one(
+    engine: Any, adapters: dict[str, Path], vectors: Path, in_process: Callable[..., Any]
+) -> None:
+    """vLLM compiles no CPU model with LoRA; here it may, as all that depends on the batch is behind opaque ops."""
+    asked, names = prompts(3), [None, *list(adapters)[:6]]
+    batches = [[(name, prompt) for name in names[shift:] + names[:shift]] for shift, prompt in enumerate(asked)]
+    # Traced with nothing but the base in the batch, then with LoRA alone, then mixed.
+    batches = [[(None, asked[0])], [("lora-8", asked[1])], *batches]
+    expected = [[list(answer.token_ids) for answer in generate(engine, batch, adapters)] for batch in batches]
+    compiled_arguments = {"enable_lora": True, "max_loras": 6, "max_cpu_loras": 6, "enforce_eager": False}
+    with in_process(vectors / "e2e/tiny-llama/base", **compiled_arguments, **SHORT_STEPS) as compiled:
+        assert compiled.llm_engine.vllm_config.compilation_config.mode != 0
+        found = [[list(answer.token_ids) for answer in generate(compiled, batch, adapters)] for batch in batches]
+    assert found == expected
+
+
 def test_published_orders_and_portable_files_serve_the_same(vectors: Path, engine: Any) -> None:
     index = json.loads((vectors / "index.json").read_text())["e2e"][0]
     adapter = index["adapters"][0]
