@@ -129,6 +129,15 @@ def test_an_adapters_answer_is_that_of_the_merged_weights(
             assert float(expected.max() - expected[token]) < 1e-3
 
 
+def test_published_orders_and_portable_files_serve_the_same(vectors: Path, engine: Any) -> None:
+    index = json.loads((vectors / "index.json").read_text())["e2e"][0]
+    adapter = index["adapters"][0]
+    paths = {"published": vectors / adapter["safetensors_dir"]}
+    answer = generate(engine, [("published", index["prompts"][0])], {f"pad{i}": Path() for i in range(20)} | paths)[0]
+    assert list(answer.token_ids[: len(adapter["greedy"][0])]) == adapter["greedy"][0]
+
+
+# Last: when an engine of this process ends, vLLM's parallel groups end for all.
 def test_a_compiled_model_gives_the_answers_of_the_eager_one(
     engine: Any, adapters: dict[str, Path], vectors: Path, in_process: Callable[..., Any]
 ) -> None:
@@ -143,11 +152,3 @@ def test_a_compiled_model_gives_the_answers_of_the_eager_one(
         assert compiled.llm_engine.vllm_config.compilation_config.mode != 0
         found = [[list(answer.token_ids) for answer in generate(compiled, batch, adapters)] for batch in batches]
     assert found == expected
-
-
-def test_published_orders_and_portable_files_serve_the_same(vectors: Path, engine: Any) -> None:
-    index = json.loads((vectors / "index.json").read_text())["e2e"][0]
-    adapter = index["adapters"][0]
-    paths = {"published": vectors / adapter["safetensors_dir"]}
-    answer = generate(engine, [("published", index["prompts"][0])], {f"pad{i}": Path() for i in range(20)} | paths)[0]
-    assert list(answer.token_ids[: len(adapter["greedy"][0])]) == adapter["greedy"][0]

@@ -31,7 +31,8 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     bank.set(1, [update])
     plan = StepPlan(T, 2, "cpu")
     plan.update([1, -1, 1, -1, -1, 1])
-    found = SimpleNamespace(smoa_bank=bank, smoa_plan=plan)
+    found = layers.SmoaLinearMixin()
+    found.smoa_bank, found.smoa_plan, found.smoa_adds_lora = bank, plan, False
     context = SimpleNamespace(no_compile_layers={"layer": found})
     monkeypatch.setattr(layers, "get_forward_context", lambda: context)
     return found
