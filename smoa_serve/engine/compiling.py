@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
@@ -40,8 +39,6 @@ class EmbeddingMixin:
 
     base_layer: Any
     punica_wrapper: Any
-    lora_a_stacked_2d: Tensor
-    lora_b_stacked: Tensor
     smoa_key: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,10 +48,9 @@ class EmbeddingMixin:
         return output
 
     def add_deltas(self, y: Tensor, x: Tensor) -> None:
-        """y [T, H] += the LoRA part of tokens x [T]."""
+        """y [T, H] becomes what vLLM's own layer makes of tokens x [T], where any of them has a LoRA adapter."""
         if not self.punica_wrapper.no_lora:
-            rows = F.embedding(x + self.punica_wrapper._embeddings_indices[: x.shape[0]], self.lora_a_stacked_2d)
-            self.punica_wrapper.add_lora_embedding(y, rows, self.lora_b_stacked, add_input=True)
+            y.copy_(super().forward(x))  # type: ignore[misc]
 
 
 @cache
