@@ -56,7 +56,11 @@ def test_an_explicit_wish_is_what_runs(bank, plan, monkeypatch):
 def test_nothing_runs_when_no_token_has_an_adapter(bank, plan, monkeypatch):
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {})
     plan.update([-1, -1])
-    smoa_delta(torch.zeros(3, 8), torch.zeros(3, 8), bank, plan)
+    y = torch.randn(3, 8)
+    before = y.clone()
+    # With no implementation to look up, running one would be a KeyError.
+    smoa_delta(y, torch.zeros(3, 8), bank, plan)
+    assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize(

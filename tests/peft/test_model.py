@@ -277,7 +277,10 @@ def test_one_configuration_for_two_models_records_each_for_itself(base_path: Pat
     other.model.layers[0].self_attn.q_proj.weight.data.mul_(2)
     get_peft_model(other, config)
     first.save_pretrained(tmp_path / "out")
-    load_adapter(tmp_path / "out", BaseCheckpoint.open(base_path))
+    base = BaseCheckpoint.open(base_path)
+    modules = load_adapter(tmp_path / "out", base).modules
+    assert modules
+    assert all(update.base == base.fingerprint(name) for name, update in modules.items())
 
 
 def test_merging_unmerging_and_unloading(base_path: Path) -> None:
