@@ -1,13 +1,9 @@
-"""The program `smoa-serve`: its commands and how it fails."""
-
-import sys
+"""The program `smoa-serve`: its commands."""
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from ..errors import SmoaError
 from . import adapters, bench, files, serve
+from .running import run_app
 
 app = typer.Typer(
     name="smoa-serve",
@@ -23,12 +19,8 @@ files.register(app)
 
 
 def main() -> None:
-    """Run the program; an error a user can mend is one message and exit code 1."""
-    try:
-        app()
-    except SmoaError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    """Run the program."""
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..cli.running import run_app
 from ..errors import SmoaError
 from .adapters import RECIPES
 from .asking import ask_all
@@ -100,12 +101,8 @@ def _serve_until_interrupted(server: ServerProcess) -> None:
 
 
 def main() -> None:
-    """Run the demo; a failure is one message and exit code 1."""
-    try:
-        app()
-    except SmoaError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    """Run the demo."""
+    run_app(app)
 
 
 if __name__ == "__main__":
