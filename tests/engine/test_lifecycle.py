@@ -262,7 +262,7 @@ def test_of_two_loads_of_one_name_at_once_one_wins(tiny: Any, contents: list[Any
     assert sorted(answer.status_code for answer in answers) == [200, 400]
 
 
-REQUESTS, WORKERS, TOKENS = 500, 16, (2, 8, 20)
+REQUESTS, CHANGES, WORKERS, TOKENS = 500, 10, 16, (2, 8, 20)  # at least so many requests and changes
 PROMPTS = [[10 * line + place for place in range(3, 3 + length)] for line, length in enumerate((4, 9, 17, 40))]
 
 
@@ -280,7 +280,7 @@ class Traffic:
         self._askable = {BASE, *tiny.adapters, "changing"}
         self._possible = {0}  # what "changing" may mean to a request sent now
         self._unbegun: Counter[str] = Counter()  # name -> requests sent that may not have been looked up yet
-        self._left = REQUESTS
+        self._sent = 0
         self._random = random.Random(0)
         self.wrong: list[str] = []
         self.answered: Counter[str] = Counter()
@@ -293,9 +293,12 @@ class Traffic:
             await asyncio.gather(*(self._work(client) for _ in range(WORKERS)))
             await changing
 
+    def _going(self) -> bool:
+        return self._sent < REQUESTS or self.changes < CHANGES
+
     async def _work(self, client: Any) -> None:
-        while self._left > 0:
-            self._left -= 1
+        while self._going():
+            self._sent += 1
             model = self._random.choice(sorted(self._askable))
             prompt, count = self._random.randrange(len(PROMPTS)), self._random.choice(TOKENS)
             meanings: set[Any] = set(self._possible) if model == "changing" else {model}
@@ -328,7 +331,7 @@ class Traffic:
 
     async def _change(self, http: httpx.AsyncClient) -> None:
         current = 0
-        while self._left > 0:
+        while self._going():
             name = self._random.choice(sorted(self._tiny.adapters))
             self._askable.discard(name)
             while self._unbegun[name]:
@@ -364,9 +367,8 @@ def test_traffic_while_adapters_come_and_go_has_no_failure_and_no_wrong_answer(t
         traffic = Traffic(tiny, contents, answers)
         asyncio.run(traffic.run())
         assert traffic.wrong == []
-        assert traffic.answered.total() == REQUESTS
+        assert traffic.answered.total() >= REQUESTS
         assert set(traffic.answered) == {BASE, "changing", *tiny.adapters}
-        assert traffic.changes >= 10
         for model in tiny.models:
             assert tiny.ask(model, PROMPTS[0], 20).differs(answers[model, 0]) is None
     assert wait_until(lambda: len(tiny.residence()) <= len(tiny.adapters))
