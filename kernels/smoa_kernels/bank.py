@@ -1,7 +1,8 @@
 """The adapters of one (possibly packed) linear layer on one rank: slots of factors, and the blocks of W they use."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -9,42 +10,34 @@ from torch import Tensor
 
 from smoa_kernels.errors import ShapeError, SlotError
 from smoa_kernels.implementations import default_implementation, require_implementation
-from smoa_kernels.layout import PackedBlocks, PlainBlocks
+from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
 from smoa_kernels.partition import Partition, PartitionCache, partition_digest, sort_blocks
+from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
 # With rows and cols covering everything in native order it may return the weight itself.
 WeightBlock = Callable[[int, Tensor, Tensor], Tensor]
 Value = TypeVar("Value")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
-class SliceUpdate:
-    """One slice's update in the layer's own coordinates.
-
-    `dW[i, j] = scaling * [row_block[i] == col_block[j]] * (b @ a)[i, j] * W[i, j]`.
+class SlotSlice:
+    """What one slot of one slice holds.
 
     Attributes:
-        a: [R, H_in], any float dtype and device; rows at and above the rank of column j's block are zero at j.
-        b: [H_out, R], likewise for rows.
-        row_block: [H_out] int16 block ids; col_block: [H_in] int16. Ids without a counterpart contribute nothing.
-        scaling: folded into b in fp32, before the cast to model dtype.
+        partition: its blocks.
+        rank: live rank, rows of a and b that count; 0 = it has no factors.
+        resident: blocks of dW in model dtype, None unless they are held.
     """
-
-    a: Tensor
-    b: Tensor
-    row_block: Tensor
-    col_block: Tensor
-    scaling: float
-
-
-@dataclass(frozen=True)
-class SlotSlice:
-    """What one slot of one slice holds: its partition and its live rank (rows of a and b that count)."""
 
     partition: Partition
     rank: int
+    resident: BlockStore | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether its delta is zero by construction."""
+        return not self.partition.blocks or (self.rank == 0 and self.resident is None)
 
 
 class LayerBank:
@@ -63,7 +56,8 @@ class LayerBank:
 
     Attributes:
         slices: H_out_i of each slice; h_out their sum; h_in, num_slots S, max_rank R.
-        slots: per slot, per slice what it holds, None where there is no update.
+        slots: per slot, per slice what it holds, None where there is no update. One more at the end, see `merge`.
+        merged: the slot whose update the caller has folded into the base weight.
         version: grows with every set and clear.
 
     Raises:
@@ -80,7 +74,7 @@ class LayerBank:
         retain_partitions: int = 4,
         implementation: str | None = None,
     ) -> None:
-        _check_storage(a, b)
+        check_storage(a, b)
         self.a, self.b = tuple(a), tuple(b)
         self.num_slots, self.max_rank, self.h_in = (int(size) for size in a[0].shape)
         self.slices = tuple(int(storage.shape[2]) for storage in b)
@@ -89,7 +83,9 @@ class LayerBank:
         if implementation is not None:
             require_implementation(implementation, self.device, self.dtype)
         self.implementation = implementation or default_implementation(self.device, self.dtype)
-        self.slots: list[tuple[SlotSlice | None, ...]] = [(None,) * len(self.slices)] * self.num_slots
+        self._empty: tuple[SlotSlice | None, ...] = (None,) * len(self.slices)
+        self.merged: int | None = None
+        self.slots: list[tuple[SlotSlice | None, ...]] = [self._empty] * (self.num_slots + 1)
         self.version = 0
         self._weight_block = weight_block
         self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
@@ -111,11 +107,11 @@ class LayerBank:
             updates: one per slice; None = the adapter leaves that slice alone.
 
         Raises:
-            SlotError: no such slot.
+            SlotError: no such slot, or it is merged.
             ShapeError: an update does not fit the layer; lists every reason.
         """
-        self._check_slot(slot)
-        reasons = self._reasons(updates)
+        self._check_free(slot)
+        reasons = update_reasons(updates, h_in=self.h_in, slices=self.slices, max_rank=self.max_rank)
         if reasons:
             raise ShapeError(f"the update of slot {slot}", reasons)
         held: list[SlotSlice | None] = []
@@ -137,11 +133,105 @@ class LayerBank:
         Raises:
             SlotError: no such slot.
         """
-        self._check_slot(slot)
+        self._check_free(slot)
         self._release(self.slots[slot])
-        self.slots[slot] = (None,) * len(self.slices)
+        self.slots[slot] = self._empty
         for storage in (*self.a, *self.b):
             storage[slot].zero_()
+        self._changed()
+
+    def factors(self, index: int, slot: int) -> tuple[Tensor, Tensor]:
+        """The live factors of a slot of one slice, in sorted order: a [r, H_in] and b [r, H_out], views."""
+        entry = self.slots[slot][index]
+        if entry is None or entry.rank == 0:
+            return self.a[index][0, :0], self.b[index][0, :0]
+        return self.a[index][slot, : entry.rank], self.b[index][slot, : entry.rank]
+
+    def delta_block(self, index: int, slot: int, k: int) -> Tensor:
+        """`W_k * (B_k A_k)` of a slot that has factors, scaling included: [m_k, n_k] fp32."""
+        entry = self.slots[slot][index]
+        assert entry is not None
+        block = entry.partition.blocks[k]
+        a, b = self.factors(index, slot)
+        rows, cols = slice(block.row_start, block.row_end), slice(block.col_start, block.col_end)
+        return (b[:, rows].float().T @ a[:, cols].float()).mul_(entry.partition.store.block(k))
+
+    def make_resident(self, slot: int) -> int:
+        """Forms a slot's blocks of dW in model dtype and keeps them: its tokens then cost no more than a plain GEMM.
+
+        Returns:
+            Bytes held for it.
+
+        Raises:
+            SlotError: no such slot.
+        """
+        self._check_slot(slot)
+        self.slots[slot] = tuple(
+            entry if entry is None or entry.resident is not None or entry.idle
+            else replace(entry, resident=self._form(entry, partial(self._update, index, slot)))
+            for index, entry in enumerate(self.slots[slot])
+        )  # fmt: skip
+        self._changed()
+        return self.resident_bytes(slot)
+
+    def drop_resident(self, slot: int) -> None:
+        """Gives the blocks of `make_resident` back.
+
+        Raises:
+            SlotError: no such slot.
+        """
+        self._check_slot(slot)
+        self.slots[slot] = tuple(entry and replace(entry, resident=None) for entry in self.slots[slot])
+        self._changed()
+
+    def resident_bytes(self, slot: int) -> int:
+        """Bytes of a slot's blocks of dW."""
+        return sum(entry.resident.nbytes for entry in self.slots[slot] if entry is not None and entry.resident)
+
+    def merge(self, slot: int) -> None:
+        """Declares that the caller's base weight now holds `W + dW` of this slot, in blocks of `merged_block`.
+
+        A plan that names the same slot as merged then gives its tokens nothing, and all others the difference back:
+        the last element of `slots` holds blocks of `W - W'`.
+
+        Raises:
+            SlotError: no such slot, or another one is merged.
+        """
+        self._check_slot(slot)
+        if self.merged is not None:
+            raise SlotError(f"slot {self.merged} is merged already; un-merge it before slot {slot} is merged.")
+        self.slots[-1] = tuple(
+            None if entry is None or entry.idle
+            else SlotSlice(entry.partition, 0, self._form(entry, partial(self._restoring, index, slot)))
+            for index, entry in enumerate(self.slots[slot])
+        )  # fmt: skip
+        self.merged = slot
+        self._changed()
+
+    def unmerge(self) -> None:
+        """Declares that the caller's base weight is the original again."""
+        self.slots[-1], self.merged = self._empty, None
+        self._changed()
+
+    def merged_block(self, index: int, slot: int, k: int) -> Tensor:
+        """`W_k + dW_k` of a slot, added in fp32 and rounded once: [m_k, n_k] model dtype."""
+        entry = self.slots[slot][index]
+        assert entry is not None
+        return self.delta_block(index, slot, k).add_(entry.partition.store.block(k)).to(self.dtype)
+
+    def _update(self, index: int, slot: int, k: int) -> Tensor:
+        return self.delta_block(index, slot, k).to(self.dtype)
+
+    def _restoring(self, index: int, slot: int, k: int) -> Tensor:
+        # Exact wherever both lie within a factor of two (Sterbenz); elsewhere rounded once.
+        entry = self.slots[slot][index]
+        assert entry is not None
+        return entry.partition.store.block(k) - self.merged_block(index, slot, k)
+
+    def _form(self, entry: SlotSlice, block: Callable[[int], Tensor]) -> BlockStore:
+        return self._store([block(k) for k in range(len(entry.partition.blocks))])
+
+    def _changed(self) -> None:
         self.version += 1
         self._memo.clear()
 
@@ -184,59 +274,11 @@ class LayerBank:
             if entry is not None:
                 cache.release(entry.partition)
 
+    def _check_free(self, slot: int) -> None:
+        self._check_slot(slot)
+        if slot == self.merged:
+            raise SlotError(f"slot {slot} is merged into the base weight; un-merge it first.")
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise SlotError(f"slot {slot} does not exist; this layer has slots 0 to {self.num_slots - 1}.")
-
-    def _reasons(self, updates: Sequence[SliceUpdate | None]) -> list[str]:
-        if len(updates) != len(self.slices):
-            return [
-                f"there are {len(updates)} updates; the layer has {len(self.slices)} slices, give None for the others."
-            ]
-        reasons = []
-        for index, (update, h_out) in enumerate(zip(updates, self.slices, strict=True)):
-            if update is not None:
-                reasons += [f"slice {index}: {reason}" for reason in self._slice_reasons(update, h_out)]
-        return reasons
-
-    def _slice_reasons(self, update: SliceUpdate, h_out: int) -> list[str]:
-        reasons = []
-        if update.a.ndim != 2 or update.a.shape[1] != self.h_in:
-            reasons.append(f"a is {tuple(update.a.shape)}; allowed is [rank, {self.h_in}].")
-        if update.b.ndim != 2 or update.b.shape[0] != h_out:
-            reasons.append(f"b is {tuple(update.b.shape)}; allowed is [{h_out}, rank].")
-        if update.a.ndim == update.b.ndim == 2 and update.a.shape[0] != update.b.shape[1]:
-            reasons.append(f"a has rank {update.a.shape[0]} and b has rank {update.b.shape[1]}; they must be equal.")
-        if update.a.ndim == 2 and update.a.shape[0] > self.max_rank:
-            reasons.append(
-                f"rank {update.a.shape[0]} is above {self.max_rank}, the rank of the slots; make them larger."
-            )
-        for name, ids, size in (("row_block", update.row_block, h_out), ("col_block", update.col_block, self.h_in)):
-            if ids.shape != (size,) or ids.dtype != torch.int16:
-                reasons.append(f"{name} is {tuple(ids.shape)} {ids.dtype}; allowed is [{size}] torch.int16.")
-        for name, factor in (("a", update.a), ("b", update.b)):
-            if not factor.dtype.is_floating_point:
-                reasons.append(f"{name} is {factor.dtype}; allowed is any floating-point dtype.")
-        return reasons
-
-
-def _check_storage(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    if not a or len(a) != len(b):
-        raise ShapeError("the layer's storage", [f"there are {len(a)} a and {len(b)} b; give one of each per slice."])
-    reasons = []
-    first = a[0]
-    for index, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
-        if a_i.ndim != 3 or a_i.shape != first.shape or min(a_i.shape) < 1:
-            reasons.append(f"a[{index}] is {tuple(a_i.shape)}; allowed is one [S, R, H_in] for all slices.")
-        if b_i.ndim != 3 or b_i.shape[:2] != first.shape[:2] or b_i.shape[2] < 1:
-            reasons.append(f"b[{index}] is {tuple(b_i.shape)}; allowed is [S, R, H_out] with the S and R of a.")
-        for name, storage in (("a", a_i), ("b", b_i)):
-            if storage.dtype not in DTYPES or storage.dtype != first.dtype or storage.device != first.device:
-                reasons.append(
-                    f"{name}[{index}] is {storage.dtype} on {storage.device}; allowed is one of float32, bfloat16 and "
-                    "float16, the same for all, on one device."
-                )
-            if not storage.is_contiguous():
-                reasons.append(f"{name}[{index}] is not contiguous; give contiguous memory (a view of it is fine).")
-    if reasons:
-        raise ShapeError("the layer's storage", reasons)

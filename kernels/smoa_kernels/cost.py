@@ -1,31 +1,50 @@
-"""Which way serves an adapter group: expand (a row per token and rank) or modulate (form W * BA once, a row per token).
+"""Which way serves an adapter group: expand, modulate or resident. All are exact; the constants decide about speed.
 
-The unit is one token's row through the blocks' GEMM. Both ways are exact; the constants only decide about speed.
+The unit is one token's row through the blocks' GEMM. Expand takes a row per token and rank, modulate forms W * BA once
+and then takes a row per token, resident reads the adapter's own blocks of dW and takes a row per token.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Way = Literal["expand", "modulate", "resident"]
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost of forming the modulated blocks once, in GEMM rows: form + form_per_rank * rank.
+    """Fixed costs of a group, in GEMM rows.
 
     Attributes:
-        form: fixed part (passes over the block, launch overhead).
-        form_per_rank: part per live rank of the adapter.
+        form: of forming the modulated blocks: the part that does not depend on the rank (passes over the block, launch
+            overhead).
+        form_per_rank: of forming them: the part per live rank of the adapter.
+        resident: of reading an adapter's own blocks instead of those that all adapters share.
     """
 
     form: float
     form_per_rank: float
+    resident: float
 
-    def modulates(self, tokens: int, rank: int) -> bool:
-        """Whether `tokens` tokens of one adapter with this live rank are cheaper by modulating than by expanding."""
-        return tokens + self.form + self.form_per_rank * rank < tokens * rank
+    def way(self, tokens: int, rank: int, has_resident: bool) -> Way:
+        """The cheapest way for `tokens` tokens of one adapter of this live rank.
+
+        Args:
+            tokens: tokens of the adapter in the step.
+            rank: live rank; 0 = only its resident blocks count.
+            has_resident: whether blocks of dW are held for it.
+        """
+        if has_resident and rank == 0:
+            return "resident"
+        expand, modulate = tokens * rank, tokens + self.form + self.form_per_rank * rank
+        if has_resident and tokens + self.resident < min(expand, modulate):
+            return "resident"
+        return "modulate" if modulate < expand else "expand"
 
 
 # From the crossing points measured on AVX512-BF16 cores: bf16, layers of 896 and 4864, K = 4 and 8, r_k = 2 to 16.
-TORCH_COST = CostModel(form=20.0, form_per_rank=5.5)
-CPP_COST = CostModel(form=5.5, form_per_rank=1.25)
-# For tests and measurements: one way for every group.
-ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0)
-ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0)
+TORCH_COST = CostModel(form=20.0, form_per_rank=5.5, resident=4.0)
+CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=1.0)
+# For tests and measurements: one way for every group. Resident needs the group's blocks, others then expand.
+ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("inf"))
+ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0, resident=float("inf"))
+ALWAYS_RESIDENT = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("-inf"))

@@ -45,7 +45,7 @@ class LayerTable:
         # The arrays and the partitions live as long as the pointers to them.
         self._partitions: Sequence[Partition] = tuple(partitions.values())
         index = {key: i for i, key in enumerate(partitions)}
-        entries = np.full((len(bank.slices), bank.num_slots, 2), -1, np.int64)
+        entries = np.full((len(bank.slices), len(bank.slots), 2), -1, np.int64)
         for slot, held in enumerate(bank.slots):
             for i, entry in enumerate(held):
                 if entry is not None and entry.partition.blocks:
@@ -62,7 +62,7 @@ class LayerTable:
         )
         self.layer = _Layer(
             *(array.ctypes.data for array in self._arrays),
-            len(bank.slices), bank.num_slots, len(self._partitions), bank.max_rank, bank.h_in,
+            len(bank.slices), len(bank.slots), len(self._partitions), bank.max_rank, bank.h_in,
         )  # fmt: skip
         self.address = ctypes.addressof(self.layer)
 

@@ -58,6 +58,9 @@ class StepPlan:
         token_order: [max_tokens] int32 on the device, tokens with an adapter grouped by slot. Never reallocated.
         num_tokens: length of the current batch.
         groups: the slots present, by first token.
+        merged: the slot that is folded into the base weight; its tokens need no delta and are in no group.
+        compensation: beside a merged slot, the plan that gives all other tokens slot `num_slots` (see
+            `LayerBank.merge`); None without one.
         version: identity of the current map, unique among all plans; unchanged by an update with an equal map.
     """
 
@@ -70,6 +73,8 @@ class StepPlan:
         self.num_tokens = 0
         self.groups: tuple[TokenGroup, ...] = ()
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
+        self.merged: int | None = None
+        self.compensation: StepPlan | None = None
         self.version = 0
         self._slots: NDArray[np.int64] = np.empty(0, np.int64)
         self._cache: dict[Hashable, Any] = {}
@@ -80,11 +85,12 @@ class StepPlan:
         """Whether any token has an adapter."""
         return bool(self.groups)
 
-    def update(self, token_to_slot: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+    def update(self, token_to_slot: Sequence[int] | NDArray[np.integer[Any]], merged: int | None = None) -> None:
         """Takes the map of the next step.
 
         Args:
             token_to_slot: slot of each token, -1 for no adapter; at most max_tokens long.
+            merged: the slot that every layer's bank has merged, None for none.
 
         Raises:
             PlanError: the batch is too long, not one-dimensional, or names a slot that does not exist.
@@ -100,6 +106,12 @@ class StepPlan:
                 f"token_to_slot holds slots from {slots.min()} to {slots.max()}; allowed are -1 (no adapter) to "
                 f"{self.num_slots - 1}."
             )
+        if merged is not None and not 0 <= merged < self.num_slots:
+            raise PlanError(f"slot {merged} cannot be merged; allowed are 0 to {self.num_slots - 1}, or None.")
+        self._compensate(slots, merged)
+        self.merged = merged
+        if merged is not None:
+            slots = np.where(slots == merged, -1, slots)
         # Decoding sends the same map step after step: what was derived from it stays good.
         if self.version and np.array_equal(slots, self._slots):
             return
@@ -111,6 +123,14 @@ class StepPlan:
         self.token_to_slot.fill_(-1)
         self.token_to_slot[: slots.size].copy_(torch.from_numpy(slots))
         self.token_order[: self.order.size].copy_(torch.from_numpy(self.order))
+
+    def _compensate(self, slots: NDArray[np.int64], merged: int | None) -> None:
+        if merged is None:
+            self.compensation = None
+            return
+        if self.compensation is None:
+            self.compensation = StepPlan(self.max_tokens, self.num_slots + 1, self.device)
+        self.compensation.update(np.where(slots == merged, -1, self.num_slots))
 
     def _group(self, slots: NDArray[np.int64]) -> None:
         # By first token, not by slot number: consecutive requests then stay consecutive and need no gather.

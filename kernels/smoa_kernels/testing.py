@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smoa_kernels.bank import LayerBank, SliceUpdate
+from smoa_kernels.bank import LayerBank
+from smoa_kernels.update import SliceUpdate
 
 WORKLOADS = ("distinct", "uniform", "zipf", "identical", "skewed")
 # Error allowed per dtype, as a share of each entry and of the root mean square of all entries.

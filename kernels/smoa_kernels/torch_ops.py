@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from smoa_kernels.bank import LayerBank
+from smoa_kernels.bank import LayerBank, SlotSlice
 from smoa_kernels.cost import TORCH_COST, CostModel
-from smoa_kernels.layout import PlainBlocks
+from smoa_kernels.layout import BlockStore, PlainBlocks
 from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan, TokenGroup, TokenSet
 
@@ -21,37 +22,55 @@ def smoa_delta_torch(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost
         ("torch", cost), plan.version, lambda: [_choose_ways(bank, plan, i, cost) for i in range(len(bank.slices))]
     )
     offset = 0
-    for index, (h_out, (expand, modulate)) in enumerate(zip(bank.slices, ways, strict=True)):
+    for index, (h_out, chosen) in enumerate(zip(bank.slices, ways, strict=True)):
         y_slice = y[:, offset : offset + h_out]
-        for partition, members in expand:
+        for partition, members in chosen.expand:
             groups = tuple(group for group, _ in members)
             x_sorted = _sort_columns(x, plan, partition, groups)
             delta = _expand(x_sorted, bank, plan, index, partition, members)
             _add_rows(y_slice, delta, partition, plan.tokens(groups))
-        for partition, (group, rank) in modulate:
-            x_sorted = _sort_columns(x, plan, partition, (group,))
-            delta = _modulate(x_sorted, bank, index, partition, group, rank)
-            _add_rows(y_slice, delta, partition, plan.tokens((group,)))
+        for group, entry in chosen.alone:
+            x_sorted = _sort_columns(x, plan, entry.partition, (group,))
+            if entry.resident is None:
+                delta = _modulate(x_sorted, bank, index, entry.partition, group, entry.rank)
+            else:
+                delta = _block_gemm(x_sorted, entry.partition, entry.resident)
+            _add_rows(y_slice, delta, entry.partition, plan.tokens((group,)))
         offset += h_out
 
 
-def _choose_ways(
-    bank: LayerBank, plan: StepPlan, index: int, cost: CostModel
-) -> tuple[list[tuple[Partition, tuple[Member, ...]]], list[tuple[Partition, Member]]]:
+@dataclass(frozen=True)
+class _Ways:
+    """The groups of one slice.
+
+    Attributes:
+        expand: per partition the groups that expand together.
+        alone: groups that modulate, or, where the entry names resident blocks, multiply with those.
+    """
+
+    expand: list[tuple[Partition, tuple[Member, ...]]]
+    alone: list[tuple[TokenGroup, SlotSlice]]
+
+
+def _choose_ways(bank: LayerBank, plan: StepPlan, index: int, cost: CostModel) -> _Ways:
     expand: dict[int, list[Member]] = defaultdict(list)
-    modulate = []
+    alone = []
     partitions = {}
     for group in plan.groups:
         entry = bank.slots[group.slot][index]
-        if entry is None or entry.rank == 0 or not entry.partition.blocks:
+        if entry is None or entry.idle:
             continue
-        partitions[id(entry.partition)] = entry.partition
-        if cost.modulates(group.count, entry.rank):
-            modulate.append((entry.partition, (group, entry.rank)))
-        else:
-            expand[id(entry.partition)].append((group, entry.rank))
+        match cost.way(group.count, entry.rank, entry.resident is not None):
+            case "expand":
+                partitions[id(entry.partition)] = entry.partition
+                expand[id(entry.partition)].append((group, entry.rank))
+            case "modulate":
+                alone.append((group, replace(entry, resident=None)))
+            case "resident":
+                alone.append((group, entry))
     # Tokens of equal rank stand together, so that their rows form one [T, r, H] view.
-    return [(partitions[key], tuple(sorted(m, key=lambda member: member[1]))) for key, m in expand.items()], modulate
+    together = [(partitions[key], tuple(sorted(m, key=lambda member: member[1]))) for key, m in expand.items()]
+    return _Ways(together, alone)
 
 
 def _sort_columns(x: Tensor, plan: StepPlan, partition: Partition, groups: tuple[TokenGroup, ...]) -> Tensor:
@@ -71,7 +90,7 @@ def _expand(
     a, b = bank.a[index].flatten(0, 1), bank.b[index].flatten(0, 1)  # [S * R, H]
     expanded = x.index_select(0, token_row)
     expanded = expanded * a.index_select(0, factor_row)[:, :cols]  # [U, live_cols]
-    u = _block_gemm(expanded, partition).float()  # [U, live_rows]
+    u = _block_gemm(expanded, partition, partition.store).float()  # [U, live_rows]
     u *= b.index_select(0, factor_row)[:, :rows]
     parts, start = [], 0
     for tokens, rank in _equal_ranks(members):
@@ -100,9 +119,9 @@ def _row_index(bank: LayerBank, plan: StepPlan, members: Sequence[Member]) -> tu
     return torch.cat(token_rows).to(plan.device), torch.cat(factor_rows).to(plan.device)
 
 
-def _block_gemm(rows: Tensor, partition: Partition) -> Tensor:
-    """rows [U, live_cols] through the block-diagonal weight: [U, live_rows] in model dtype."""
-    store, blocks = partition.store, partition.blocks
+def _block_gemm(rows: Tensor, partition: Partition, store: BlockStore) -> Tensor:
+    """rows [U, live_cols] through the block-diagonal matrix of a store: [U, live_rows] in model dtype."""
+    blocks = partition.blocks
     if isinstance(store, PlainBlocks) and store.stacked is not None:
         if len(blocks) == 1:
             return rows @ store.stacked[0].T

@@ -1,0 +1,148 @@
+"""Resident slots, and a slot whose update the base weight holds."""
+
+import pytest
+import torch
+from smoa_kernels import LayerBank, ShapeError, SlotError, StepPlan, available_implementations, smoa_delta
+from smoa_kernels.errors import PlanError
+from smoa_kernels.testing import Layer, assert_close, dense_delta, random_blocks, random_layer, random_update
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [(name, dtype) for dtype in DTYPES for name in available_implementations("cpu", dtype)]
+every_implementation = pytest.mark.parametrize(
+    ("implementation", "dtype"), CASES, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in CASES]
+)
+SLICES = (33, 20)
+
+
+def made(implementation: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Layer, dict[int, list]]:
+    """A packed layer whose slot 0 updates both slices (ranks 3, 1, 2), slot 1 the first one (K = 2), slot 2 none."""
+    layer = random_layer(
+        50, SLICES, slots=4, max_rank=3, dtype=dtype, generator=generator, implementation=implementation
+    )
+    cols = random_blocks(50, 3, generator)
+    both = [random_update(random_blocks(size, 3, generator), cols, (3, 1, 2), generator, 0.7) for size in SLICES]
+    rows, columns = random_blocks(SLICES[0], 2, generator), random_blocks(50, 2, generator)
+    first = [random_update(rows, columns, (2, 0), generator), None]
+    updates = {0: both, 1: first, 2: [None, None]}
+    for slot, update in updates.items():
+        layer.bank.set(slot, update)
+    return layer, updates
+
+
+def run(layer: Layer, slots: list[int], generator: torch.Generator, merged: int | None = None):
+    """(x, y before, y after) of one call."""
+    plan = StepPlan(len(slots), layer.bank.num_slots, "cpu")
+    plan.update(slots, merged)
+    x = torch.randn(len(slots), layer.bank.h_in, generator=generator).to(layer.bank.dtype)
+    y = torch.randn(len(slots), layer.bank.h_out, generator=generator).to(layer.bank.dtype)
+    before = y.clone()
+    smoa_delta(y, x, layer.bank, plan)
+    return x, before, y
+
+
+def dense(layer: Layer, updates: list) -> torch.Tensor:
+    """[H_out, H_in] fp32 of a packed layer's update."""
+    parts = zip(updates, layer.weights, strict=True)
+    return torch.cat([torch.zeros(w.shape) if u is None else dense_delta(u, w) for u, w in parts])
+
+
+@every_implementation
+@pytest.mark.parametrize("slots", [[0], [0, 1, -1, 0, 2, 1, 0], [1] * 40 + [0] * 3, [0] * 70], ids=str)
+def test_resident_slots_give_the_same_delta(implementation, dtype, slots, generator):
+    layer, updates = made(implementation, dtype, generator)
+    for slot in (0, 1):
+        layer.bank.make_resident(slot)
+    x, before, y = run(layer, slots, generator)
+    for slot in set(slots):
+        tokens = [t for t, s in enumerate(slots) if s == slot]
+        if slot < 0 or slot == 2:
+            assert torch.equal(y[tokens], before[tokens])
+        else:
+            assert_close(y[tokens], before[tokens].float() + x[tokens].float() @ dense(layer, updates[slot]).T)
+
+
+@every_implementation
+def test_what_resident_slots_hold_is_counted_and_given_back(implementation, dtype, generator):
+    layer, updates = made(implementation, dtype, generator)
+    bank = layer.bank
+    held = bank.make_resident(0)
+    covered = int((dense(layer, updates[0]) != 0).sum()) * dtype.itemsize
+    assert held == bank.resident_bytes(0) >= covered
+    assert bank.make_resident(0) == held
+    assert bank.make_resident(2) == 0
+    bank.drop_resident(0)
+    assert bank.resident_bytes(0) == 0
+    bank.make_resident(0)
+    bank.set(0, updates[1])
+    assert bank.resident_bytes(0) == 0
+
+
+def merge(layer: Layer, slot: int, updates: list) -> torch.Tensor:
+    """Merges a slot: the packed base weight with the update in it, as the caller keeps it."""
+    bank: LayerBank = layer.bank
+    bank.merge(slot)
+    weights = [weight.clone() for weight in layer.weights]
+    for index, entry in enumerate(bank.slots[slot]):
+        if entry is not None:
+            for k, block in enumerate(entry.partition.blocks):
+                rows = entry.partition.row_order[block.row_start : block.row_end]
+                cols = entry.partition.col_order[block.col_start : block.col_end]
+                weights[index][rows[:, None], cols] = bank.merged_block(index, slot, k)
+    merged = torch.cat(weights)
+    assert_close(merged, torch.cat(layer.weights).float() + dense(layer, updates))
+    return merged
+
+
+@every_implementation
+@pytest.mark.parametrize("merged", [0, 1, 2])
+def test_beside_a_merged_slot_every_token_gets_its_own_output(implementation, dtype, merged, generator):
+    layer, updates = made(implementation, dtype, generator)
+    weight = merge(layer, merged, updates[merged])
+    slots = [0, -1, 1, 1, 2, 0, -1, 0, 0, 0, 0, 0]
+    plan = StepPlan(len(slots), 4, "cpu")
+    plan.update(slots, merged)
+    x = torch.randn(len(slots), 50, generator=generator).to(dtype)
+    y = (x.float() @ weight.float().T).to(dtype)
+    own = [t for t, slot in enumerate(slots) if slot == merged]
+    untouched = y[own].clone()
+    smoa_delta(y, x, layer.bank, plan)
+    assert torch.equal(y[own], untouched)
+    for t, slot in enumerate(slots):
+        update = torch.zeros(sum(SLICES), 50) if slot < 0 else dense(layer, updates[slot])
+        assert_close(y[t], x[t].float() @ (torch.cat(layer.weights).float() + update).T)
+
+
+@every_implementation
+def test_after_unmerging_nothing_is_taken_off(implementation, dtype, generator):
+    layer, updates = made(implementation, dtype, generator)
+    merge(layer, 0, updates[0])
+    layer.bank.unmerge()
+    _, before, y = run(layer, [-1, -1], generator)
+    assert torch.equal(y, before)
+
+
+def test_plan_and_bank_have_to_name_the_same_slot(generator):
+    layer, _ = made("torch", torch.float32, generator)
+    layer.bank.merge(0)
+    with pytest.raises(ShapeError, match=r"the plan has slot None as merged and the bank 0"):
+        run(layer, [0], generator)
+    with pytest.raises(ShapeError, match=r"the plan has slot 1 as merged and the bank 0"):
+        run(layer, [0], generator, merged=1)
+
+
+def test_a_merged_slot_is_neither_changed_nor_merged_twice(generator):
+    layer, updates = made("torch", torch.float32, generator)
+    layer.bank.merge(0)
+    with pytest.raises(SlotError, match=r"slot 0 is merged into the base weight; un-merge it first"):
+        layer.bank.set(0, updates[1])
+    with pytest.raises(SlotError, match=r"slot 0 is merged already; un-merge it before slot 1 is merged"):
+        layer.bank.merge(1)
+    layer.bank.unmerge()
+    layer.bank.set(0, updates[1])
+
+
+def test_a_plan_refuses_to_merge_a_slot_that_does_not_exist():
+    plan = StepPlan(4, 2, "cpu")
+    for slot in (-1, 2):
+        with pytest.raises(PlanError, match=rf"slot {slot} cannot be merged; allowed are 0 to 1, or None"):
+            plan.update([0], merged=slot)
