@@ -4,8 +4,18 @@ The unit is one token's row through the blocks' GEMM. Expand takes a row per tok
 and then takes a row per token, resident reads the adapter's own blocks of dW and takes a row per token.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Literal
+
+import torch
+
+from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs
+
+logger = logging.getLogger(__name__)
 
 Way = Literal["expand", "modulate", "resident"]
 
@@ -44,7 +54,42 @@ class CostModel:
 # From the crossing points measured on AVX512-BF16 cores: bf16, layers of 896 and 4864, K = 4 and 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=20.0, form_per_rank=5.5, resident=4.0)
 CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=1.0)
+# Where `python -m benchmarks tune` was never run.
+DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType({"torch": TORCH_COST, "cpp": CPP_COST})
 # For tests and measurements: one way for every group. Resident needs the group's blocks, others then expand.
 ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("inf"))
 ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0, resident=float("inf"))
 ALWAYS_RESIDENT = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("-inf"))
+
+
+def cost_model(implementation: str, device: torch.device, dtype: torch.dtype) -> CostModel:
+    """The constants of an implementation on this device: those measured here, else the default ones.
+
+    Args:
+        implementation: "torch", "cpp", ...; one without a default of its own starts from torch's.
+        device: where it runs; on a CPU the number of threads that torch uses now counts too.
+        dtype: of the model.
+
+    Returns:
+        The same object for the life of the process: a file that changes later is not read again. One that cannot be
+        read is named once in the log, and the defaults hold.
+    """
+    return _cost_model(implementation, device, dtype, torch.get_num_threads() if device.type == "cpu" else None)
+
+
+@cache
+def _cost_model(implementation: str, device: torch.device, dtype: torch.dtype, threads: int | None) -> CostModel:
+    wanted = (device_name(device), implementation, str(dtype).removeprefix("torch."), threads)
+    for cost in _stored():
+        if cost.key == wanted:
+            return CostModel(cost.form, cost.form_per_rank, cost.resident)
+    return DEFAULT_COSTS.get(implementation, TORCH_COST)
+
+
+@cache
+def _stored() -> tuple[TunedCost, ...]:
+    try:
+        return tuple(read_costs(cost_file()))
+    except CostFileError as error:
+        logger.error("%s", error)
+        return ()
