@@ -2,7 +2,7 @@
 
 import typer
 
-from . import adapters, bench, files, serve
+from . import adapters, bench, files, serve, train
 from .running import run_app
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ serve.register(app)
 adapters.register(app)
 bench.register(app)
 files.register(app)
+train.register(app)
 
 
 def main() -> None:

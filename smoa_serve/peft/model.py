@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import asdict
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -9,8 +10,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError, ConfigError
-from ..formats.config import ModuleEntry
+from ..formats.config import FingerprintEntry, ModuleEntry
 from .checkpoint import with_peft_names
 from .config import SMoAConfig
 from .layer import SMoALayer, SMoALinear
@@ -64,6 +66,27 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]
                 f"{current_key} is a {type(target).__name__}; SMoA adapts nn.Linear and transformers' Conv1D"
             )
         peft_config.modules[current_key] = layer.entries[adapter_name].model_dump(mode="json")
+
+    def record_base(self, base: BaseCheckpoint) -> None:
+        """Record the stored weights as what every adapter belongs to.
+
+        A base that is loaded in another dtype than it is stored in has other bytes in memory, and a server compares
+        with the stored ones.
+
+        Args:
+            base: the checkpoint that this model was loaded from.
+
+        Raises:
+            BaseModelError: an adapted module is not in it.
+        """
+        for module, layer in self.model.named_modules():
+            if not isinstance(layer, SMoALinear):
+                continue
+            mark = FingerprintEntry(**asdict(base.fingerprint(module)))
+            for adapter_name, entry in layer.entries.items():
+                layer.entries[adapter_name] = entry.model_copy(update={"base": mark})
+                facts = layer.entries[adapter_name].model_dump(mode="json")
+                self.peft_config[adapter_name].modules[module] = facts
 
     @staticmethod
     def _recorded(config: SMoAConfig, adapter_name: str, module: str) -> ModuleEntry | None:
