@@ -12,7 +12,7 @@ from smoa_kernels.bank import LayerBank
 from smoa_kernels.cost import CPP_COST, CostModel
 from smoa_kernels.cpp_build import library
 from smoa_kernels.errors import ImplementationError
-from smoa_kernels.layout import PackedBlocks
+from smoa_kernels.layout import BlockStore, PackedBlocks
 from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan
 
@@ -34,6 +34,7 @@ class _Step(ctypes.Structure):
         ("num_groups", ctypes.c_int64),
         ("form", ctypes.c_double),
         ("form_per_rank", ctypes.c_double),
+        ("resident", ctypes.c_double),
     ]
 
 
@@ -45,11 +46,12 @@ class LayerTable:
         # The arrays and the partitions live as long as the pointers to them.
         self._partitions: Sequence[Partition] = tuple(partitions.values())
         index = {key: i for i, key in enumerate(partitions)}
-        entries = np.full((len(bank.slices), len(bank.slots), 2), -1, np.int64)
+        entries = np.full((len(bank.slices), len(bank.slots), 3), (-1, 0, 0), np.int64)
         for slot, held in enumerate(bank.slots):
             for i, entry in enumerate(held):
                 if entry is not None and entry.partition.blocks:
-                    entries[i, slot] = index[id(entry.partition)], entry.rank
+                    resident = _packed(entry.resident).weights.data_ptr() if entry.resident else 0
+                    entries[i, slot] = index[id(entry.partition)], entry.rank, resident
         offsets = np.cumsum((0, *bank.slices))
         slices = [
             (a.data_ptr(), b.data_ptr(), size, offset)
@@ -74,8 +76,9 @@ class StepTable:
         rows = [(group.slot, group.start, group.end) for group in plan.groups]
         self._groups: NDArray[np.int64] = np.array(rows, np.int64)
         self.step = _Step(
-            self._groups.ctypes.data, plan.token_order.data_ptr(), len(rows), cost.form, cost.form_per_rank
-        )
+            self._groups.ctypes.data, plan.token_order.data_ptr(), len(rows),
+            cost.form, cost.form_per_rank, cost.resident,
+        )  # fmt: skip
         self.address = ctypes.addressof(self.step)
 
 
@@ -89,11 +92,7 @@ def _kernel() -> Callable[..., int]:
 
 
 def _partition_row(partition: Partition) -> tuple[int, ...]:
-    store = partition.store
-    if not isinstance(store, PackedBlocks):
-        raise ImplementationError(
-            "the bank's blocks are not packed for the C++ kernel; make the bank with implementation='cpp'."
-        )
+    store = _packed(partition.store)
     return (
         partition.row_inverse.data_ptr(),
         partition.col_order.data_ptr(),
@@ -103,6 +102,14 @@ def _partition_row(partition: Partition) -> tuple[int, ...]:
         store.packed_cols,
         partition.live_rows,
     )
+
+
+def _packed(store: BlockStore) -> PackedBlocks:
+    if not isinstance(store, PackedBlocks):
+        raise ImplementationError(
+            "the bank's blocks are not packed for the C++ kernel; make the bank with implementation='cpp'."
+        )
+    return store
 
 
 def smoa_delta_cpp(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel = CPP_COST) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from smoa_kernels import LayerBank, StepPlan, available_implementations, smoa_delta
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, CostModel
 from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.testing import WORKLOADS, assert_close, random_blocks, random_layer, random_update, workload
@@ -15,13 +15,31 @@ from smoa_kernels.torch_ops import smoa_delta_torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Op = Callable[[torch.Tensor, torch.Tensor, LayerBank, StepPlan], None]
 
+# Resident where there are blocks; of the others, those of rank 4 modulate from three tokens on.
+ALL_WAYS = CostModel(form=2.0, form_per_rank=1.0, resident=float("-inf"))
+
+
+def resident(op: Callable[..., None], cost: CostModel, every: int = 1) -> Op:
+    """The op with the blocks of every n-th slot resident."""
+
+    def run(y: torch.Tensor, x: torch.Tensor, bank: LayerBank, plan: StepPlan) -> None:
+        for slot in range(0, bank.num_slots, every):
+            bank.make_resident(slot)
+        op(y, x, bank, plan, cost=cost)
+
+    return run
+
+
 OPS: dict[str, Op] = {
-    "cpp": smoa_delta_cpp,
-    "cpp-expand": partial(smoa_delta_cpp, cost=ALWAYS_EXPAND),
-    "cpp-modulate": partial(smoa_delta_cpp, cost=ALWAYS_MODULATE),
-    "torch": smoa_delta_torch,
-    "torch-expand": partial(smoa_delta_torch, cost=ALWAYS_EXPAND),
-    "torch-modulate": partial(smoa_delta_torch, cost=ALWAYS_MODULATE),
+    name + suffix: way
+    for name, op in {"cpp": smoa_delta_cpp, "torch": smoa_delta_torch}.items()
+    for suffix, way in {
+        "": op,
+        "-expand": partial(op, cost=ALWAYS_EXPAND),
+        "-modulate": partial(op, cost=ALWAYS_MODULATE),
+        "-resident": resident(op, ALWAYS_RESIDENT),
+        "-mixed": resident(op, ALL_WAYS, every=3),
+    }.items()
 }
 CASES = [
     (name, dtype) for name in OPS for dtype in DTYPES if name.split("-")[0] in available_implementations("cpu", dtype)
@@ -231,6 +249,34 @@ def test_the_number_of_threads_does_not_change_a_bit(generator):
         results.append(torch.zeros(60, 240, dtype=torch.bfloat16))
         smoa_delta_cpp(results[-1], x, layer.bank, plan)
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+@pytest.mark.parametrize("held", [False, True], ids=["factors only", "resident"])
+def test_the_kernel_goes_the_way_that_the_cost_model_says(rank, held, generator):
+    layer = random_layer(64, (48,), slots=1, max_rank=8, dtype=torch.bfloat16, generator=generator)
+    fill(layer.bank, {0: (rank, rank)}, generator)
+    if held:
+        layer.bank.make_resident(0)
+    forced = {"expand": ALWAYS_EXPAND, "modulate": ALWAYS_MODULATE, "resident": ALWAYS_RESIDENT}
+    seen = set()
+    for cost in (CPP_COST, ALL_WAYS, CostModel(form=-1.0, form_per_rank=3.0, resident=12.0)):
+        for tokens in (1, 2, 3, 5, 8, 13, 40):
+            plan = StepPlan(tokens, 1, "cpu")
+            plan.update([0] * tokens)
+            x = torch.randn(tokens, 64, generator=generator).bfloat16()
+            found, *results = (torch.zeros(tokens, 48, dtype=torch.bfloat16) for _ in range(4))
+            smoa_delta_cpp(found, x, layer.bank, plan, cost)
+            for result, always in zip(results, forced.values(), strict=True):
+                smoa_delta_cpp(result, x, layer.bank, plan, always)
+            way = cost.way(tokens, rank, held)
+            seen.add(way)
+            assert torch.equal(found, results[list(forced).index(way)]), (tokens, way)
+            if rank > 1:  # each way rounds elsewhere: their bits tell them apart
+                assert not torch.equal(results[0], results[1])
+                assert torch.equal(results[0], results[2]) is not held
+    assert "resident" in seen if held else seen <= {"expand", "modulate"}
 
 
 def test_the_default_serves_every_dtype(generator):

@@ -62,6 +62,37 @@ def test_resident_slots_give_the_same_delta(implementation, dtype, slots, genera
 
 
 @every_implementation
+@pytest.mark.parametrize(
+    ("h_in", "slices", "ranks"),
+    [(67, (45,), (2, 3, 0, 1)), (40, (24, 9), (8,)), (6, (5,), (1,) * 9), (33, (130, 1), (3, 3)), (1, (1,), (1,))],
+    ids=["indivisible, rank 0", "K=1", "K above sizes", "three rows of panels", "single numbers"],
+)
+@pytest.mark.parametrize("slots", [[1], [0, 1, -1, 2, 2, 1], [2] * 30 + [0]], ids=["one", "mixed", "many"])
+def test_odd_sizes_with_some_slots_resident(implementation, dtype, h_in, slices, ranks, slots, generator):
+    layer = random_layer(
+        h_in, slices, slots=3, max_rank=8, dtype=dtype, generator=generator, implementation=implementation
+    )
+    cols = random_blocks(h_in, len(ranks), generator)
+    rows = [random_blocks(size, len(ranks), generator) for size in slices]
+    updates = [[random_update(ids, cols, ranks, generator) for ids in rows] for _ in range(3)]
+    for slot, update in enumerate(updates):
+        layer.bank.set(slot, update)
+    layer.bank.make_resident(1)
+    layer.bank.make_resident(2)
+    x, before, y = run(layer, slots, generator)
+    # All tokens at once: a single one may have few entries, all of them small beside its terms.
+    expected = torch.stack(
+        [
+            before[t].float() + (0 if slot < 0 else dense(layer, updates[slot]) @ x[t].float())
+            for t, slot in enumerate(slots)
+        ]
+    )
+    assert_close(y, expected)
+    idle = [t for t, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(y[idle], before[idle])
+
+
+@every_implementation
 def test_what_resident_slots_hold_is_counted_and_given_back(implementation, dtype, generator):
     layer, updates = made(implementation, dtype, generator)
     bank = layer.bank

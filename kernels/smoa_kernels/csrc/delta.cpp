@@ -1,8 +1,9 @@
 // The delta of a whole (possibly packed) layer in one call: all slices, partitions and adapters, bfloat16.
 //
-// Tokens of an adapter are served by one of two exact ways (see cost.py):
+// Tokens of an adapter are served by one of three exact ways (see cost.py):
 //   expand    y_i += sum_rho b_rho,i (W_k (a_rho * x))_i: a row (a_rho * x) per token and rank through W's panels;
-//   modulate  y_i += ((W_k * (B A)) x)_i: a copy of the panels times B A, then one row per token.
+//   modulate  y_i += ((W_k * (B A)) x)_i: a copy of the panels times B A, then one row per token;
+//   resident  y_i += (dW_k x)_i: the adapter's own panels, one row per token.
 // Every output element is computed by one thread in a fixed order, so results do not depend on the schedule.
 
 #include <algorithm>
@@ -108,10 +109,11 @@ static void store_delta(const Job& job, const Tile& t, int64_t token, F&& value)
 }
 
 template <int P, int R>
-static void plain_tile(const Job& job, const Tile& t, const bf16* weights, const bf16* rows, int64_t first_token) {
+static void plain_tile(const Job& job, const Tile& t, const bf16* weights, const bf16* rows, int64_t first_token,
+                       const bf16* ahead) {
   __m512 acc[P][R];
   const int64_t pairs = t.block->packed_cols() / 2;
-  multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, weights, acc);
+  multiply_tile<P, R>(weights, pairs * 2 * kLanes, rows, t.block->packed_cols(), pairs, ahead, acc);
   for (int r = 0; r < R; ++r) store_delta<P>(job, t, first_token + r, [&](int p) { return acc[p][r]; });
 }
 
@@ -140,8 +142,18 @@ static void expand_panels(const Job& job, const Tile& t, Ahead ahead) {
   }
 }
 
+// The rows of a group through panels of its own.
 template <int P>
-static void modulate_group(const Call& call, const Job& job, const Tile& t, const ModulateGroup& group,
+static void multiply_group(const Job& job, const Tile& t, const AloneGroup& group, const bf16* weights, Ahead ahead) {
+  const bf16* rows = job.row(*t.block, group.first_row);
+  for_tiles<max_tile_rows(P)>(group.num_tokens, [&](int64_t start, auto size) {
+    plain_tile<P, size>(job, t, weights, rows + start * t.block->packed_cols(), group.first_token + start,
+                        ahead.take());
+  });
+}
+
+template <int P>
+static void modulate_group(const Call& call, const Job& job, const Tile& t, const AloneGroup& group,
                            const Workspace& space) {
   __m512i* b = space.factors;
   const bf16* factor = call.factor_b(job.slice, group.slot) + t.row_start;
@@ -156,13 +168,18 @@ static void modulate_group(const Call& call, const Job& job, const Tile& t, cons
       b[q * P + p] = interleave(load_lanes(low + p * kLanes, lanes), high);
     }
   }
-  const int64_t row_size = t.block->packed_cols();
   modulate_panels<P>(t.weights, t.panel_stride, group.a_pairs + t.block->packed_col, job.partition->packed_cols, b,
-                     rank_pairs, row_size / 2, space.panels);
-  const bf16* rows = job.row(*t.block, group.first_row);
-  for_tiles<max_tile_rows(P)>(group.num_tokens, [&](int64_t start, auto size) {
-    plain_tile<P, size>(job, t, space.panels, rows + start * row_size, group.first_token + start);
-  });
+                     rank_pairs, t.block->packed_cols() / 2, space.panels);
+  multiply_group<P>(job, t, group, space.panels, {space.panels, 0, 1});
+}
+
+// The panels of dW that belong to the tile's panels of W.
+template <int P>
+static void multiply_resident(const Job& job, const Tile& t, const Tile& next, const AloneGroup& group) {
+  const bf16* base = job.partition->weights;
+  const bool same = next.job == t.job;
+  multiply_group<P>(job, t, group, group.resident + (t.weights - base),
+                    {group.resident + ((same ? next : t).weights - base), t.panel_stride, t.num_panels});
 }
 
 static void run_tile(const Call& call, size_t index, const Workspace& space) {
@@ -171,7 +188,12 @@ static void run_tile(const Call& call, size_t index, const Workspace& space) {
   const Job& job = call.jobs[t.job];
   dispatch_rows<kMaxPanels>(t.num_panels, [&](auto size) {
     if (!job.chunks.empty()) expand_panels<size>(job, t, {next.weights, next.panel_stride, next.num_panels});
-    for (const ModulateGroup& group : job.groups) modulate_group<size>(call, job, t, group, space);
+    for (const AloneGroup& group : job.groups) {
+      if (group.resident)
+        multiply_resident<size>(job, t, next, group);
+      else
+        modulate_group<size>(call, job, t, group, space);
+    }
   });
 }
 
@@ -183,7 +205,7 @@ static void prepare_item(const Call& call, size_t i, bf16* sorted) {
   }
   const Pairing& p = call.pairings[i - call.sources.size()];
   const Job& job = call.jobs[p.job];
-  const ModulateGroup& group = job.groups[p.group];
+  const AloneGroup& group = job.groups[p.group];
   pair_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a_pairs);
 }
 

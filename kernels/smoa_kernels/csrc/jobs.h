@@ -28,13 +28,14 @@ struct Chunk {
   int32_t first_token, num_tokens;
 };
 
-struct ModulateGroup {
+struct AloneGroup {  // an adapter's tokens that multiply with blocks of their own: resident ones, or else modulated ones
   int64_t slot, rank, first_row, first_token, num_tokens;  // first_token: position among the job's tokens
   const int32_t* tokens;
+  const bf16* resident;
   uint32_t* a_pairs;
 };
 
-struct Job {  // one partition of one slice: expanded rows first, then the rows of each modulating group
+struct Job {  // one partition of one slice: expanded rows first, then those of each group alone
   int64_t slice = 0;
   const Partition* partition = nullptr;
   bf16* rows = nullptr;   // [blocks][num_rows][packed columns of the block]
@@ -43,7 +44,7 @@ struct Job {  // one partition of one slice: expanded rows first, then the rows 
   std::vector<ExpandRow> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
-  std::vector<ModulateGroup> groups;
+  std::vector<AloneGroup> groups;
   int64_t plain_rows = 0;
   int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
   int64_t num_tokens() const { return static_cast<int64_t>(expand_tokens.size()) + plain_rows; }
@@ -70,6 +71,17 @@ struct Ahead {
     return now;
   }
 };
+
+enum class Way { kExpand, kModulate, kResident };
+
+// CostModel.way of cost.py.
+inline Way choose_way(const Step& step, double tokens, const Entry& entry) {
+  if (entry.resident && entry.rank == 0) return Way::kResident;
+  const double rank = static_cast<double>(entry.rank);
+  const double expand = tokens * rank, modulate = tokens + step.form + step.form_per_rank * rank;
+  if (entry.resident && tokens + step.resident < std::min(expand, modulate)) return Way::kResident;
+  return modulate < expand ? Way::kModulate : Way::kExpand;
+}
 
 struct Pairing {
   int32_t job, group;
@@ -133,7 +145,7 @@ struct Call {
 
   void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
     const Entry& entry = layer.entries[slice * layer.num_slots + group.slot];
-    if (entry.partition < 0 || entry.rank == 0) return;
+    if (entry.partition < 0 || (entry.rank == 0 && !entry.resident)) return;
     int32_t& index = job_of[entry.partition];
     if (index < 0) {
       index = static_cast<int32_t>(jobs.size());
@@ -144,8 +156,10 @@ struct Call {
     Job& job = jobs[index];
     const int64_t count = group.end - group.start;
     const int32_t* tokens = step.token_order + group.start;
-    if (count + step.form + step.form_per_rank * entry.rank < static_cast<double>(count * entry.rank)) {
-      job.groups.push_back({group.slot, entry.rank, job.plain_rows, job.plain_rows, count, tokens, nullptr});
+    const Way way = choose_way(step, static_cast<double>(count), entry);
+    if (way != Way::kExpand) {
+      job.groups.push_back({group.slot, entry.rank, job.plain_rows, job.plain_rows, count, tokens,
+                            way == Way::kResident ? entry.resident : nullptr, nullptr});
       job.plain_rows += count;
       return;
     }
@@ -163,16 +177,16 @@ struct Call {
     }
   }
 
-  // The rows of the modulating groups come after all expanded rows, whose number is only known now.
+  // The rows of the groups alone come after all expanded rows, whose number is only known now.
   void add_rows(int32_t j) {
     Job& job = jobs[j];
     const auto expanding = static_cast<int32_t>(job.expand_tokens.size());
     for (int32_t i = 0; i < expanding; ++i) outputs.push_back({j, i, job.expand_tokens[i]});
     for (size_t g = 0; g < job.groups.size(); ++g) {
-      ModulateGroup& group = job.groups[g];
+      AloneGroup& group = job.groups[g];
       group.first_row += static_cast<int64_t>(job.expanded.size());
       group.first_token += expanding;
-      pairings.push_back({j, static_cast<int32_t>(g)});
+      if (!group.resident) pairings.push_back({j, static_cast<int32_t>(g)});
       for (int64_t t = 0; t < group.num_tokens; ++t) {
         sources.push_back({j, static_cast<int32_t>(group.slot), 0, group.tokens[t], group.first_row + t});
         outputs.push_back({j, static_cast<int32_t>(group.first_token + t), group.tokens[t]});
@@ -212,8 +226,9 @@ struct Call {
       job.delta_stride = (h_out + 31) & ~int64_t{31};
       job.delta = reinterpret_cast<bf16*>(take(job.num_tokens() * job.delta_stride * 2));
       job.rows = reinterpret_cast<bf16*>(take(job.num_rows() * part.packed_cols * 2));
-      for (ModulateGroup& group : job.groups)
-        group.a_pairs = reinterpret_cast<uint32_t*>(take((group.rank + 1) / 2 * part.packed_cols * 4));
+      for (AloneGroup& group : job.groups)
+        if (!group.resident)
+          group.a_pairs = reinterpret_cast<uint32_t*>(take((group.rank + 1) / 2 * part.packed_cols * 4));
     }
     panel_bytes = (panel_bytes + 63) & ~int64_t{63};
     factor_bytes = (layer.max_rank + 1) / 2 * kMaxPanels * static_cast<int64_t>(sizeof(__m512i));

@@ -19,7 +19,8 @@ struct Partition {
 };
 
 struct Entry {
-  int64_t partition, rank;  // index of the layer's partition, -1 = nothing
+  int64_t partition, rank;  // index of the layer's partition, -1 = nothing; rank 0 = no factors
+  const bf16* resident;     // blocks of dW in the layout of Partition::weights, null unless they are held
 };
 
 struct Slice {
@@ -42,7 +43,7 @@ struct Step {
   const Group* groups;
   const int32_t* token_order;
   int64_t num_groups;
-  double form, form_per_rank;  // see CostModel in cost.py
+  double form, form_per_rank, resident;  // see CostModel in cost.py
 };
 
 }  // namespace smoa
