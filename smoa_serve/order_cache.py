@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 CACHE_DIR_ENV = "SMOA_CACHE_DIR"
 VERSION = 1
 FIELDS = ("rows", "cols", "rows64", "cols64")
+Positions = tuple[Tensor, Tensor]
+"""Rows [H_out] and columns [H_in] int64, position → coordinate."""
 Progress = Callable[[str, int, int], None]
 """Called as (module, done, total): before each module, and once more at the end."""
 
@@ -58,35 +60,53 @@ class OrderCache:
 
     def get_by_key(self, key: str, weight: Callable[[], Tensor]) -> SpectralOrder:
         """The order stored under `key`; computed from `weight()` [H_out, H_in] when there is none."""
+
+        def compute() -> list[Tensor]:
+            order = spectral_order(weight(), check_device=self.check_device)
+            return [order.rows, order.cols, order.rows64, order.cols64]
+
+        return SpectralOrder(*self._through(key, FIELDS, compute))
+
+    def get_positions(self, key: str, compute: Callable[[], Positions]) -> Positions:
+        """One order alone, for training, which needs no second one to compare with.
+
+        Args:
+            key: names the weight and the kind of order.
+            compute: rows [H_out] and columns [H_in], position → coordinate, where none is stored.
+        """
+        rows, cols = self._through(f"{key}-v{VERSION}", FIELDS[:2], compute)
+        return rows, cols
+
+    def _through(self, key: str, fields: Sequence[str], compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         file = self.root / f"{key}.safetensors"
-        order = self._read(file)
-        if order is not None:
-            return order
+        found = self._read(file, fields)
+        if found is not None:
+            return found
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            order = self._read(file)
-            if order is None:
-                order = spectral_order(weight(), check_device=self.check_device)
-                self._write(file, order)
-        return order
+            found = self._read(file, fields)
+            if found is None:
+                found = compute()
+                self._write(file, dict(zip(fields, found, strict=True)))
+        return found
 
-    def _read(self, file: Path) -> SpectralOrder | None:
+    def _read(self, file: Path, fields: Sequence[str]) -> Sequence[Tensor] | None:
         if not file.is_file():
             return None
         try:
             tensors = load_file(file)
-            order = SpectralOrder(*(tensors[name].long() for name in FIELDS))
+            found = [tensors[name].long() for name in fields]
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("The cached order %s is damaged and is computed again: %s", file, error)
             return None
-        for positions in (order.rows, order.cols, order.rows64, order.cols64):
+        for positions in found:
             if not torch.equal(positions.sort().values, torch.arange(positions.numel())):
                 logger.warning("The cached order %s is no permutation and is computed again", file)
                 return None
-        return order
+        return found
 
-    def _write(self, file: Path, order: SpectralOrder) -> None:
-        tensors = {name: getattr(order, name).to(torch.int32).contiguous() for name in FIELDS}
+    def _write(self, file: Path, orders: Mapping[str, Tensor]) -> None:
+        tensors = {name: positions.to(torch.int32).contiguous() for name, positions in orders.items()}
         facts = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "check": self.check_device}
         descriptor, temporary = tempfile.mkstemp(dir=self.root, suffix=".tmp")
         os.close(descriptor)

@@ -91,7 +91,7 @@ class SMoALinear(nn.Module, SMoALayer):
         base = self._fingerprint(weight)
         if recorded is None:
             ranks = config.ranks
-            rows, cols = spectral_pieces(weight, len(ranks), config.order)
+            rows, cols = spectral_pieces(weight, len(ranks), config.order, base.sha256)
             entry = ModuleEntry(branch_ranks=list(ranks), scaling=config.scaling, base=base)
             a, b = initial_factors(rows, cols, ranks, random_b=not config.init_lora_weights)
             row_block, col_block = block_ids(rows), block_ids(cols)

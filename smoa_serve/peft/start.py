@@ -1,27 +1,53 @@
 """Where an adapter starts: the spectral blocks of a weight and the first numbers of its factors."""
 
+import logging
 import math
 
 import torch
 from torch import Tensor, nn
 
+from ..order_cache import OrderCache, Positions
 from ..spectral import block_pieces, scores_float32, scores_float64
 
+logger = logging.getLogger(__name__)
 
-def spectral_pieces(weight: Tensor, num_blocks: int, order: str) -> tuple[list[Tensor], list[Tensor]]:
+CACHED_FROM = 512  # smaller side; below it an order is computed in less time than it is worth keeping
+
+
+def spectral_pieces(
+    weight: Tensor, num_blocks: int, order: str, digest: str | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Ordered coordinates of each block, rows and columns, on the CPU.
 
     Args:
         weight: [H_out, H_in].
         num_blocks: K.
         order: "gram": float64 scores, ties by coordinate; "published": float32 SVD on the CPU.
+        digest: sha256 (hex) of the weight's bytes; large weights are then looked up in the order cache. Processes that
+            start together wait for the one that computes.
     """
+    if digest is None or min(weight.shape) < CACHED_FROM:
+        positions = _positions(weight, order)
+    else:
+        layout = "n" if weight.is_contiguous() else "t"
+        dtype = str(weight.dtype).removeprefix("torch.")
+        key = f"{digest}-{dtype}-{weight.shape[0]}x{weight.shape[1]}{layout}-{order}"
+        try:
+            positions = OrderCache().get_positions(key, lambda: _positions(weight, order))
+        except OSError as error:
+            logger.warning("The order cache cannot be used, the order is computed without it: %s", error)
+            positions = _positions(weight, order)
+    rows, cols = (list(block_pieces(each, num_blocks)) for each in positions)
+    return rows, cols
+
+
+def _positions(weight: Tensor, order: str) -> Positions:
+    """Position → coordinate, rows and columns."""
     if order == "published":
-        positions = [torch.argsort(scores) for scores in scores_float32(weight)]
+        rows, cols = (torch.argsort(scores) for scores in scores_float32(weight))
     else:
         device = weight.device if weight.device.type == "cuda" else "cpu"  # not every accelerator has float64
-        positions = [torch.argsort(s.cpu(), stable=True) for s in scores_float64(weight, device=str(device))]
-    rows, cols = (list(block_pieces(each, num_blocks)) for each in positions)
+        rows, cols = (torch.argsort(s.cpu(), stable=True) for s in scores_float64(weight, device=str(device)))
     return rows, cols
 
 

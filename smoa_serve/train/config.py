@@ -41,6 +41,12 @@ class AdapterSettings(Section):
     exclude_modules: Names | None = None
     layers_to_transform: list[int] | int | None = None
 
+    @model_validator(mode="after")
+    def _layers_of_a_list(self) -> "AdapterSettings":
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules as a list of names")
+        return self
+
 
 class SmoaSettings(AdapterSettings):
     """SMoA, by `smoa_serve.peft`; the defaults are the published ones.

@@ -129,6 +129,7 @@ def _arguments(config: TrainConfig, *, has_validation: bool) -> Any:
         gradient_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=config.seed,
         save_steps=training.save_every,
         save_total_limit=training.keep_checkpoints,
