@@ -94,3 +94,20 @@ def merged_model(base: Path, adapter: Path | None) -> Any:
             weight = model.get_submodule(module).weight
             weight += update.dense(weight)
     return model.eval()
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Write a random llama of two layers in float32 with the demo's tokenizer; head_dim 32, the least vLLM takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
+
+    folder.mkdir(parents=True)
+    write_tokenizer(folder)
+    pad, end = special_ids(folder / "tokenizer.json")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, **heads, vocab_size=VOCAB_SIZE, pad_token_id=pad, eos_token_id=end, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
