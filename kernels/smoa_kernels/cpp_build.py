@@ -1,4 +1,7 @@
-"""Compiles the C++ kernel at first use and loads it. It uses no header of torch or Python, so one build serves all."""
+"""Compiles the C++ kernel at first use and loads it: one library per element type and instruction set.
+
+It uses no header of torch or Python, so one build serves all of their releases.
+"""
 
 import ctypes
 import hashlib
@@ -6,8 +9,11 @@ import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import platformdirs
 import torch
@@ -18,13 +24,33 @@ from smoa_kernels.errors import ImplementationError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+# The element types of csrc/vector.h.
+ELEMENTS: Mapping[torch.dtype, str] = MappingProxyType(
+    {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}
+)
 # libgomp.so.1 is the one that torch has loaded: one pool of threads, of the size that torch was told.
-COMPILER_FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16",
-    "-mfma",
-)  # fmt: skip
+COMPILER_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 BUILD_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What the CPU must have, as /proc/cpuinfo names it, and what the compiler is told."""
+
+    cpu_flags: tuple[str, ...]
+    compiler_flags: tuple[str, ...]
+
+
+_AVX2 = InstructionSet(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+_AVX512 = InstructionSet(
+    (*_AVX2.cpu_flags, "avx512f", "avx512bw", "avx512vl"),
+    (*_AVX2.compiler_flags, "-mavx512f", "-mavx512bw", "-mavx512vl"),
+)
+_AVX512_BF16 = InstructionSet((*_AVX512.cpu_flags, "avx512_bf16"), (*_AVX512.compiler_flags, "-mavx512bf16"))
+# Best first.
+INSTRUCTION_SETS: Mapping[str, InstructionSet] = MappingProxyType(
+    {"avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
+)
 
 
 class BuildError(ImplementationError):
@@ -35,43 +61,69 @@ def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the C++ kernel cannot serve this device and dtype here, None when it can. Builds it at need."""
     if device_type != "cpu":
         return "it serves the CPU only"
-    if dtype is not torch.bfloat16:
-        return f"it takes bfloat16, not {dtype}"
-    return _load()[1]
+    if dtype not in ELEMENTS:
+        return f"it takes {', '.join(str(known) for known in ELEMENTS)}, not {dtype}"
+    return _load(dtype, None)[1]
 
 
-def library() -> ctypes.CDLL:
-    """The loaded kernel.
+def library(dtype: torch.dtype, instruction_set: str | None = None) -> ctypes.CDLL:
+    """The loaded kernel for an element type.
+
+    Args:
+        dtype: one of ELEMENTS.
+        instruction_set: one of INSTRUCTION_SETS; None = the best one that the CPU has.
 
     Raises:
         BuildError: it cannot be built or loaded here.
     """
-    loaded, reason = _load()
+    loaded, reason = _load(dtype, instruction_set)
     if loaded is None:
         raise BuildError(f"the C++ kernel cannot run: {reason}.")
     return loaded
 
 
+def supported_instruction_sets() -> tuple[str, ...]:
+    """Names of the instruction sets that the kernel can be built for and this CPU has, best first."""
+    return tuple(name for name in INSTRUCTION_SETS if not _missing_flags(name))
+
+
 @cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load(dtype: torch.dtype, instruction_set: str | None) -> tuple[ctypes.CDLL | None, str | None]:
     """The kernel, or why there is none: tried once a process."""
     try:
-        loaded = ctypes.CDLL(str(_build()))
+        loaded = ctypes.CDLL(str(_build(dtype, instruction_set or _best_instruction_set())))
     except (BuildError, OSError) as error:
-        logger.info("The C++ kernel is not used, torch serves instead: %s", error)
+        logger.info("The C++ kernel for %s is not used, torch serves instead: %s", dtype, error)
         return None, str(error)
     return loaded, None
 
 
-def _build() -> Path:
-    missing = [flag for flag in CPU_FLAGS if flag not in _cpu_flags()]
+def _best_instruction_set() -> str:
+    """The best one that the CPU has, the least demanding one if it has none."""
+    return (*supported_instruction_sets(), list(INSTRUCTION_SETS)[-1])[0]
+
+
+def _missing_flags(instruction_set: str) -> list[str]:
+    present = _cpu_flags()
+    return [flag for flag in INSTRUCTION_SETS[instruction_set].cpu_flags if flag not in present]
+
+
+def _build(dtype: torch.dtype, instruction_set: str) -> Path:
+    if instruction_set not in INSTRUCTION_SETS:
+        raise BuildError(f"instruction set {instruction_set!r} is unknown; allowed: {', '.join(INSTRUCTION_SETS)}")
+    missing = _missing_flags(instruction_set)
     if missing:
         raise BuildError(f"the CPU lacks {', '.join(missing)}")
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise BuildError("there is no C++ compiler; install g++ 10 or newer, or name one in CXX")
+    flags = (
+        *COMPILER_FLAGS,
+        *INSTRUCTION_SETS[instruction_set].compiler_flags,
+        f"-DSMOA_ELEMENT={ELEMENTS[dtype]}",
+    )
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
-    digest = hashlib.sha256("\0".join((_run([compiler, "--version"]), *COMPILER_FLAGS)).encode())
+    digest = hashlib.sha256("\0".join((_run([compiler, "--version"]), *flags)).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = platformdirs.user_cache_path("smoa-serve") / "kernels" / digest.hexdigest()[:32]
@@ -79,10 +131,10 @@ def _build() -> Path:
     target = folder / "smoa_delta.so"
     with FileLock(folder / "lock"):
         if not target.is_file():
-            logger.info("Compiling the C++ kernel into %s (a few seconds, once)", folder)
+            logger.info("Compiling the C++ kernel for %s into %s (a few seconds, once)", dtype, folder)
             partial = folder / "partial.so"
             units = [str(path) for path in sources if path.suffix == ".cpp"]
-            _run([compiler, *COMPILER_FLAGS, *units, "-o", str(partial)])
+            _run([compiler, *flags, *units, "-o", str(partial)])
             partial.replace(target)
     return target
 

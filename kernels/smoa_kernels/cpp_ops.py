@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,7 +42,8 @@ class _Step(ctypes.Structure):
 class LayerTable:
     """What the kernel reads of a bank: pointers to its storages and partitions, and what each slot holds."""
 
-    def __init__(self, bank: LayerBank) -> None:
+    def __init__(self, bank: LayerBank, instruction_set: str | None) -> None:
+        self.kernel = _kernel(bank.dtype, instruction_set)
         partitions = {id(e.partition): e.partition for slot in bank.slots for e in slot if e is not None}
         # The arrays and the partitions live as long as the pointers to them.
         self._partitions: Sequence[Partition] = tuple(partitions.values())
@@ -57,11 +59,9 @@ class LayerTable:
             (a.data_ptr(), b.data_ptr(), size, offset)
             for a, b, size, offset in zip(bank.a, bank.b, bank.slices, offsets, strict=False)
         ]
-        self._arrays = (
-            np.array(slices, np.int64),
-            entries,
-            np.array([_partition_row(partition) for partition in self._partitions], np.int64),
-        )
+        self._orders = [(p.row_inverse.int(), p.col_order.int()) for p in self._partitions]
+        rows = [_partition_row(*pair) for pair in zip(self._partitions, self._orders, strict=True)]
+        self._arrays = (np.array(slices, np.int64), entries, np.array(rows, np.int64))
         self.layer = _Layer(
             *(array.ctypes.data for array in self._arrays),
             len(bank.slices), len(bank.slots), len(self._partitions), bank.max_rank, bank.h_in,
@@ -83,19 +83,18 @@ class StepTable:
 
 
 @cache
-def _kernel() -> Callable[..., int]:
-    function = library().smoa_delta
+def _kernel(dtype: torch.dtype, instruction_set: str | None) -> Callable[..., int]:
+    function = library(dtype, instruction_set).smoa_delta
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size]
     function.restype = size
     return function
 
 
-def _partition_row(partition: Partition) -> tuple[int, ...]:
+def _partition_row(partition: Partition, orders: tuple[Tensor, Tensor]) -> tuple[int, ...]:
     store = _packed(partition.store)
     return (
-        partition.row_inverse.data_ptr(),
-        partition.col_order.data_ptr(),
+        *(order.data_ptr() for order in orders),
         store.table.ctypes.data,
         store.weights.data_ptr(),
         len(partition.blocks),
@@ -112,15 +111,30 @@ def _packed(store: BlockStore) -> PackedBlocks:
     return store
 
 
-def smoa_delta_cpp(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel = CPP_COST) -> None:
-    """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; `cost` chooses the way of each adapter group."""
-    table = bank.memo("cpp", 0, lambda: LayerTable(bank))
+def smoa_delta_cpp(
+    y: Tensor,
+    x: Tensor,
+    bank: LayerBank,
+    plan: StepPlan,
+    cost: CostModel = CPP_COST,
+    instruction_set: str | None = None,
+) -> None:
+    """Adds each token's delta to y.
+
+    Args:
+        y, x, bank, plan: as in `dispatch.smoa_delta`.
+        cost: chooses the way of each adapter group.
+        instruction_set: one of `cpp_build.INSTRUCTION_SETS`; None = the best one that the CPU has.
+
+    Raises:
+        ImplementationError: the kernel cannot be built here, or the bank's blocks are not packed for it.
+    """
+    table = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
     step = plan.cached(("cpp", cost), lambda: StepTable(plan, cost))
-    kernel = _kernel()
     scratch = plan.scratch(1)
     needed = 1
     while needed:
-        needed = kernel(
+        needed = table.kernel(
             table.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
             scratch.data_ptr(), scratch.numel(),
         )  # fmt: skip

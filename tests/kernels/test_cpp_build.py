@@ -13,19 +13,25 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
+ALL_FLAGS = frozenset(cpp_build.INSTRUCTION_SETS["avx512_bf16"].cpu_flags)
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path) -> Path:
     """A process that has not tried to build yet, with an empty cache folder and every CPU feature."""
     cpp_build._load.cache_clear()
     monkeypatch.setattr(cpp_build.platformdirs, "user_cache_path", lambda _: tmp_path)
-    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: frozenset(cpp_build.CPU_FLAGS))
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: ALL_FLAGS)
     yield tmp_path
     cpp_build._load.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "reason"),
-    [("cuda", torch.bfloat16, "CPU only"), ("cpu", torch.float32, "takes bfloat16"), ("cpu", torch.float16, "float16")],
+    [
+        ("cuda", torch.bfloat16, "CPU only"),
+        ("cpu", torch.float64, "takes torch.bfloat16, torch.float16, torch.float32"),
+    ],
 )
 def test_what_it_cannot_serve(device, dtype, reason):
     assert reason in cpp_build.unavailable_reason(device, dtype)
@@ -43,18 +49,45 @@ def test_without_a_compiler_torch_serves_and_the_reason_is_logged_once(fresh, mo
 
 
 def test_an_explicit_wish_is_refused_with_the_reason(fresh, monkeypatch, generator):
-    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: frozenset({"avx512f", "avx512bw", "avx512vl"}))
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: frozenset({"avx2", "f16c"}))
     layer = random_layer(8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator)
     plan = StepPlan(1, 1, "cpu")
     x, y = torch.zeros(1, 8).bfloat16(), torch.zeros(1, 8).bfloat16()
     with pytest.raises(
-        ImplementationError, match=r"available: torch, reference\.\n(.*\n)*  - not cpp: the CPU lacks avx512_bf16"
+        ImplementationError, match=r"available: torch, reference\.\n(.*\n)*  - not cpp: the CPU lacks fma"
     ):
         smoa_delta(y, x, layer.bank, plan, implementation="cpp")
-    with pytest.raises(ImplementationError, match="avx512_bf16"):
+    with pytest.raises(ImplementationError, match="the CPU lacks fma"):
         random_layer(8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator, implementation="cpp")
-    with pytest.raises(ImplementationError, match="avx512_bf16"):
-        cpp_build.library()
+    with pytest.raises(ImplementationError, match="the CPU lacks fma"):
+        cpp_build.library(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        (ALL_FLAGS, "avx512_bf16"),
+        (ALL_FLAGS - {"avx512_bf16"}, "avx512"),
+        (ALL_FLAGS - {"avx512vl"}, "avx2"),
+        (frozenset({"avx2", "fma", "f16c", "sse4_2"}), "avx2"),
+    ],
+    ids=["all", "no bf16", "AVX-512 in part", "AVX2"],
+)
+def test_it_is_built_for_the_best_instruction_set_of_the_cpu(fresh, monkeypatch, present, chosen):
+    built = []
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: present)
+    monkeypatch.setattr(cpp_build, "_build", lambda dtype, name: built.append((dtype, name)) or "/nowhere.so")
+    assert "/nowhere.so" in cpp_build.unavailable_reason("cpu", torch.float32)
+    assert built == [(torch.float32, chosen)]
+    assert cpp_build.supported_instruction_sets()[0] == chosen
+
+
+def test_an_instruction_set_that_is_missing_or_unknown_is_refused(fresh, monkeypatch):
+    monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: ALL_FLAGS - {"avx512_bf16"})
+    with pytest.raises(ImplementationError, match="the CPU lacks avx512_bf16"):
+        cpp_build.library(torch.bfloat16, "avx512_bf16")
+    with pytest.raises(ImplementationError, match="'neon' is unknown; allowed: avx512_bf16, avx512, avx2"):
+        cpp_build.library(torch.bfloat16, "neon")
 
 
 def test_what_the_compiler_says_is_the_reason(fresh, monkeypatch, tmp_path):

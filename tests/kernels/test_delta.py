@@ -7,6 +7,7 @@ import pytest
 import torch
 from smoa_kernels import LayerBank, StepPlan, available_implementations, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, CostModel
+from smoa_kernels.cpp_build import supported_instruction_sets
 from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.testing import WORKLOADS, assert_close, random_blocks, random_layer, random_update, workload
@@ -41,13 +42,17 @@ OPS: dict[str, Op] = {
         "-mixed": resident(op, ALL_WAYS, every=3),
     }.items()
 }
+for instruction_set in supported_instruction_sets()[1:]:  # the first one is what "cpp" runs
+    OPS[f"cpp-{instruction_set}"] = resident(
+        partial(smoa_delta_cpp, instruction_set=instruction_set), ALL_WAYS, every=3
+    )
 CASES = [
     (name, dtype) for name in OPS for dtype in DTYPES if name.split("-")[0] in available_implementations("cpu", dtype)
 ]
 OPS_HERE = {name for name, _ in CASES}
 every_op = pytest.mark.parametrize(
-    ("op", "dtype"),
-    [(OPS[name], dtype) for name, dtype in CASES],
+    ("implementation", "op", "dtype"),
+    [(name.split("-")[0], OPS[name], dtype) for name, dtype in CASES],
     ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in CASES],
 )
 
@@ -85,8 +90,10 @@ def check(op: Op, bank: LayerBank, slots, generator: torch.Generator) -> None:
 
 @every_op
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_workloads(op, dtype, name, generator):
-    layer = random_layer(64, (48,), slots=6, max_rank=4, dtype=dtype, generator=generator)
+def test_workloads(implementation, op, dtype, name, generator):
+    layer = random_layer(
+        64, (48,), slots=6, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, dict.fromkeys(range(6), (4, 4, 4, 4)), generator)
     check(op, layer.bank, workload(name, 24, 6), generator)
 
@@ -105,30 +112,38 @@ def test_workloads(op, dtype, name, generator):
     ],
     ids=["indivisible", "unequal ranks", "K=1", "K above sizes", "three rows of panels", "rank 0", "single numbers"],
 )
-def test_odd_sizes(op, dtype, h_in, h_out, ranks, generator):
-    layer = random_layer(h_in, (h_out,), slots=3, max_rank=8, dtype=dtype, generator=generator)
+def test_odd_sizes(implementation, op, dtype, h_in, h_out, ranks, generator):
+    layer = random_layer(
+        h_in, (h_out,), slots=3, max_rank=8, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, dict.fromkeys(range(3), ranks), generator)
     check(op, layer.bank, [0, 2, -1, 2, 1, 2], generator)
 
 
 @every_op
 @pytest.mark.parametrize("slots", [[], [-1] * 4, [1], [-1, 1], [0]], ids=["empty", "none", "one", "last", "unset slot"])
-def test_small_batches(op, dtype, slots, generator):
-    layer = random_layer(24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+def test_small_batches(implementation, op, dtype, slots, generator):
+    layer = random_layer(
+        24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, {1: (2, 2)}, generator)
     check(op, layer.bank, slots, generator)
 
 
 @every_op
-def test_more_tokens_than_are_summed_at_once(op, dtype, generator):
-    layer = random_layer(96, (80,), slots=70, max_rank=2, dtype=dtype, generator=generator)
+def test_more_tokens_than_are_summed_at_once(implementation, op, dtype, generator):
+    layer = random_layer(
+        96, (80,), slots=70, max_rank=2, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, dict.fromkeys(range(0, 70, 2), (2, 1)), generator)
     check(op, layer.bank, workload("distinct", 150, 70), generator)
 
 
 @every_op
-def test_the_result_does_not_depend_on_the_other_adapters_of_the_batch(op, dtype, generator):
-    layer = random_layer(64, (48,), slots=3, max_rank=4, dtype=dtype, generator=generator)
+def test_the_result_does_not_depend_on_the_other_adapters_of_the_batch(implementation, op, dtype, generator):
+    layer = random_layer(
+        64, (48,), slots=3, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, {0: (4, 4), 1: (4, 4), 2: (2,) * 4}, generator)
     x, results = torch.randn(7, 64, generator=generator).to(dtype), []
     for slots in ([0] * 7, [0, 1, 2, 0, 1, 2, -1]):
@@ -140,16 +155,20 @@ def test_the_result_does_not_depend_on_the_other_adapters_of_the_batch(op, dtype
 
 
 @every_op
-def test_several_partitions_and_ranks_at_once(op, dtype, generator):
-    layer = random_layer(64, (48, 16, 16), slots=8, max_rank=8, dtype=dtype, generator=generator)
+def test_several_partitions_and_ranks_at_once(implementation, op, dtype, generator):
+    layer = random_layer(
+        64, (48, 16, 16), slots=8, max_rank=8, dtype=dtype, generator=generator, implementation=implementation
+    )
     kinds = {0: (4,) * 4, 1: (4,) * 8, 2: (8,), 3: (2, 2), 4: (1,) * 4, 5: (4,) * 4, 6: (0, 3, 1, 0)}
     fill(layer.bank, kinds, generator)
     check(op, layer.bank, workload("uniform", 40, 8), generator)
 
 
 @every_op
-def test_slices_that_an_adapter_leaves_alone_keep_their_bits(op, dtype, generator):
-    layer = random_layer(64, (48, 16, 16), slots=3, max_rank=4, dtype=dtype, generator=generator)
+def test_slices_that_an_adapter_leaves_alone_keep_their_bits(implementation, op, dtype, generator):
+    layer = random_layer(
+        64, (48, 16, 16), slots=3, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     bank = layer.bank
     fill(bank, {0: (4, 4), 1: (2, 2, 2, 2), 2: (2, 2)}, generator)
     cols = random_blocks(64, 2, generator)
@@ -168,8 +187,10 @@ def test_slices_that_an_adapter_leaves_alone_keep_their_bits(op, dtype, generato
 
 
 @every_op
-def test_rows_and_columns_without_a_block_contribute_nothing(op, dtype, generator):
-    layer = random_layer(40, (32,), slots=1, max_rank=4, dtype=dtype, generator=generator)
+def test_rows_and_columns_without_a_block_contribute_nothing(implementation, op, dtype, generator):
+    layer = random_layer(
+        40, (32,), slots=1, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     rows, cols = random_blocks(32, 3, generator), random_blocks(40, 3, generator)
     rows[rows == 1], cols[cols == 0] = 9, 7
     layer.bank.set(0, [random_update(rows.clamp(max=3), cols.clamp(max=4), (4, 4, 4, 4, 4), generator)])
@@ -182,8 +203,10 @@ def test_rows_and_columns_without_a_block_contribute_nothing(op, dtype, generato
 
 
 @every_op
-def test_x_and_y_may_be_views_of_wider_tensors(op, dtype, generator):
-    layer = random_layer(24, (16, 8), slots=2, max_rank=4, dtype=dtype, generator=generator)
+def test_x_and_y_may_be_views_of_wider_tensors(implementation, op, dtype, generator):
+    layer = random_layer(
+        24, (16, 8), slots=2, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, {0: (2, 2), 1: (4,)}, generator)
     plan = StepPlan(5, 2, "cpu")
     plan.update([0, 1, -1, 1, 0])
@@ -198,8 +221,10 @@ def test_x_and_y_may_be_views_of_wider_tensors(op, dtype, generator):
 
 
 @every_op
-def test_slots_replaced_cleared_and_reloaded(op, dtype, generator):
-    layer = random_layer(32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+def test_slots_replaced_cleared_and_reloaded(implementation, op, dtype, generator):
+    layer = random_layer(
+        32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     slots = [0, 1, 1, 0]
     for kinds in ({0: (2, 2)}, {0: (4,), 1: (1, 1)}, {1: (3, 3)}, {0: (2, 2)}):
         fill(layer.bank, kinds, generator)
@@ -209,8 +234,10 @@ def test_slots_replaced_cleared_and_reloaded(op, dtype, generator):
 
 
 @every_op
-def test_one_plan_over_changing_banks(op, dtype, generator):
-    layer = random_layer(32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator)
+def test_one_plan_over_changing_banks(implementation, op, dtype, generator):
+    layer = random_layer(
+        32, (24,), slots=2, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     plan = StepPlan(2, 2, "cpu")
     plan.update([0, 1])
     x = torch.randn(2, 32, generator=generator).to(dtype)
@@ -223,8 +250,10 @@ def test_one_plan_over_changing_banks(op, dtype, generator):
 
 
 @every_op
-def test_equal_inputs_give_equal_bits(op, dtype, generator):
-    layer = random_layer(64, (48, 16), slots=4, max_rank=4, dtype=dtype, generator=generator)
+def test_equal_inputs_give_equal_bits(implementation, op, dtype, generator):
+    layer = random_layer(
+        64, (48, 16), slots=4, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
+    )
     fill(layer.bank, {0: (4, 4), 1: (4,) * 4, 2: (2, 2), 3: (1,)}, generator)
     plan = StepPlan(30, 4, "cpu")
     plan.update(workload("uniform", 30, 4))

@@ -3,14 +3,15 @@ import torch
 from smoa_kernels.layout import PANEL_ROWS, PackedBlocks, PlainBlocks
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("store", [PlainBlocks, PackedBlocks])
 @pytest.mark.parametrize(
     "shapes",
     [[], [(3, 5)], [(16, 4), (16, 4)], [(20, 5), (19, 4)], [(1, 1), (33, 2), (16, 3)]],
     ids=["none", "one", "equal", "sizes apart by one", "mixed"],
 )
-def test_every_block_comes_back_as_it_was(store, shapes, generator):
-    blocks = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+def test_every_block_comes_back_as_it_was(store, shapes, dtype, generator):
+    blocks = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     held = store(blocks)
     for k, block in enumerate(blocks):
         assert torch.equal(held.block(k), block)
@@ -34,13 +35,21 @@ def test_packed_running_example_of_the_docstring():
     packed = PackedBlocks([block])
     panels = packed.weights.view(2, 3, PANEL_ROWS, 2)
     assert packed.packed_cols == 6
-    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 0]]
+    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 6, 0]]
     assert panels[1, 1, 2].tolist() == block[18, 2:4].tolist()
     assert not panels[1, :, 4:].any()  # rows 20 to 31
     assert not panels[:, 2, :, 1].any()  # column 5
 
 
 def test_packed_table_follows_the_blocks():
-    packed = PackedBlocks([torch.ones(17, 3), torch.ones(2, 4)])
-    assert packed.table.tolist() == [[0, 17, 0, 3, 0, 0], [17, 2, 3, 4, 4, 32 * 4]]
+    packed = PackedBlocks([torch.ones(17, 3).bfloat16(), torch.ones(2, 4).bfloat16()])
+    assert packed.table.tolist() == [[0, 17, 0, 3, 0, 4, 0], [17, 2, 3, 4, 4, 4, 32 * 4]]
     assert packed.packed_cols == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_only_bfloat16_has_its_columns_in_pairs(dtype):
+    block = torch.arange(100.0).reshape(20, 5).to(dtype)
+    packed = PackedBlocks([block])
+    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 5, 0]]
+    assert torch.equal(packed.weights.view(2, 5, PANEL_ROWS)[0, 3], block[:16, 3])

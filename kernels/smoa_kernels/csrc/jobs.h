@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "products.h"
 #include "tables.h"
 
 namespace smoa {
@@ -18,8 +19,9 @@ struct Row {  // a token's first row of a job: `rank` rows a_rho * x, or the tok
   int64_t row;
 };
 
+template <typename E>
 struct ExpandRow {
-  const bf16* b;
+  const E* b;
   int32_t token;  // index into expand_tokens
 };
 
@@ -28,45 +30,50 @@ struct Chunk {
   int32_t first_token, num_tokens;
 };
 
+template <typename E>
 struct AloneGroup {  // an adapter's tokens that multiply with blocks of their own: resident ones, or else modulated ones
   int64_t slot, rank, first_row, first_token, num_tokens;  // first_token: position among the job's tokens
   const int32_t* tokens;
-  const bf16* resident;
-  uint32_t* a_pairs;
+  const E* resident;
+  typename Scheme<E>::Factor* a;  // [steps][packed columns], what modulate_panels takes
 };
 
+template <typename E>
 struct Job {  // one partition of one slice: expanded rows first, then those of each group alone
   int64_t slice = 0;
-  const Partition* partition = nullptr;
-  bf16* rows = nullptr;   // [blocks][num_rows][packed columns of the block]
-  bf16* delta = nullptr;  // [num_tokens][delta_stride], sorted rows of the layer
+  const Partition<E>* partition = nullptr;
+  typename Scheme<E>::Row* rows = nullptr;   // [blocks][num_rows][packed columns of the block]
+  E* delta = nullptr;  // [num_tokens][delta_stride], sorted rows of the layer
   int64_t delta_stride = 0;
-  std::vector<ExpandRow> expanded;
+  std::vector<ExpandRow<E>> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
-  std::vector<AloneGroup> groups;
+  std::vector<AloneGroup<E>> groups;
   int64_t plain_rows = 0;
   int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
   int64_t num_tokens() const { return static_cast<int64_t>(expand_tokens.size()) + plain_rows; }
-  bf16* row(const Block& block, int64_t i) const {
-    return rows + num_rows() * block.packed_col + i * block.packed_cols();
+  typename Scheme<E>::Row* row(const Block& block, int64_t i) const {
+    return rows + num_rows() * block.packed_col + i * block.packed_cols;
   }
 };
 
+template <typename E>
 struct Tile {  // some panels of one block: the unit of parallel work
   int32_t job, num_panels;
   const Block* block;
-  const bf16* weights;
+  const E* weights;
   int64_t panel_stride, row_start, num_rows;  // rows of the block from here on
+  int64_t groups() const { return block->packed_cols / Scheme<E>::kGroup; }
 };
 
 // The panels of the tile that comes next, to be fetched one a pass; the last one again and again when they run out.
+template <typename E>
 struct Ahead {
-  const bf16* weights;
+  const E* weights;
   int64_t panel_stride;
   int32_t num_panels;
-  const bf16* take() {
-    const bf16* now = weights;
+  const E* take() {
+    const E* now = weights;
     if (num_panels > 1) weights += panel_stride, --num_panels;
     return now;
   }
@@ -75,7 +82,8 @@ struct Ahead {
 enum class Way { kExpand, kModulate, kResident };
 
 // CostModel.way of cost.py.
-inline Way choose_way(const Step& step, double tokens, const Entry& entry) {
+template <typename E>
+inline Way choose_way(const Step& step, double tokens, const Entry<E>& entry) {
   if (entry.resident && entry.rank == 0) return Way::kResident;
   const double rank = static_cast<double>(entry.rank);
   const double expand = tokens * rank, modulate = tokens + step.form + step.form_per_rank * rank;
@@ -91,9 +99,11 @@ struct Output {
   int32_t job, position, token;
 };
 
+template <typename E>
 struct Workspace {
-  bf16 *sorted, *panels;  // sorted: one row of x, or of the output
-  __m512i* factors;
+  E* sorted;  // one row of x, or of the output
+  typename Scheme<E>::Formed* panels;
+  typename Scheme<E>::Operand* factors;
 };
 
 // f(integral_constant<size>) for a size in 1 .. Max.
@@ -107,24 +117,26 @@ inline void dispatch_rows(int size, F&& f) {
   }
 }
 
+template <typename E>
 struct Call {
-  const Layer& layer;
+  using S = Scheme<E>;
+  const Layer<E>& layer;
   const Step& step;
-  const Slice* slices;
+  const Slice<E>* slices;
   int64_t h_in;
-  bf16* y;
+  E* y;
   int64_t y_stride;
-  const bf16* x;
+  const E* x;
   int64_t x_stride;
-  std::vector<Job> jobs;
+  std::vector<Job<E>> jobs;
   std::vector<Row> sources;
   std::vector<Pairing> pairings;
-  std::vector<Tile> tiles;
+  std::vector<Tile<E>> tiles;
   std::vector<Output> outputs;
   int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
   char* thread_space = nullptr;
 
-  Call(const Layer& layer, const Step& step, bf16* y, int64_t y_stride, const bf16* x, int64_t x_stride)
+  Call(const Layer<E>& layer, const Step& step, E* y, int64_t y_stride, const E* x, int64_t x_stride)
       : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), y(y), y_stride(y_stride), x(x),
         x_stride(x_stride) {
     std::vector<int32_t> job_of(layer.num_partitions, -1);
@@ -138,13 +150,14 @@ struct Call {
     }
   }
 
-  const bf16* factor_a(int64_t slice, int64_t slot) const { return slices[slice].a + slot * layer.max_rank * h_in; }
-  const bf16* factor_b(int64_t slice, int64_t slot) const {
+  static int64_t steps(int64_t rank) { return (rank + S::kRanks - 1) / S::kRanks; }
+  const E* factor_a(int64_t slice, int64_t slot) const { return slices[slice].a + slot * layer.max_rank * h_in; }
+  const E* factor_b(int64_t slice, int64_t slot) const {
     return slices[slice].b + slot * layer.max_rank * slices[slice].h_out;
   }
 
   void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
-    const Entry& entry = layer.entries[slice * layer.num_slots + group.slot];
+    const Entry<E>& entry = layer.entries[slice * layer.num_slots + group.slot];
     if (entry.partition < 0 || (entry.rank == 0 && !entry.resident)) return;
     int32_t& index = job_of[entry.partition];
     if (index < 0) {
@@ -153,7 +166,7 @@ struct Call {
       jobs.back().slice = slice;
       jobs.back().partition = &layer.partitions[entry.partition];
     }
-    Job& job = jobs[index];
+    Job<E>& job = jobs[index];
     const int64_t count = group.end - group.start;
     const int32_t* tokens = step.token_order + group.start;
     const Way way = choose_way(step, static_cast<double>(count), entry);
@@ -163,7 +176,7 @@ struct Call {
       job.plain_rows += count;
       return;
     }
-    const bf16* b = factor_b(slice, group.slot);
+    const E* b = factor_b(slice, group.slot);
     for (int64_t t = 0; t < count; ++t) {
       const auto position = static_cast<int32_t>(job.expand_tokens.size());
       sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t],
@@ -179,11 +192,11 @@ struct Call {
 
   // The rows of the groups alone come after all expanded rows, whose number is only known now.
   void add_rows(int32_t j) {
-    Job& job = jobs[j];
+    Job<E>& job = jobs[j];
     const auto expanding = static_cast<int32_t>(job.expand_tokens.size());
     for (int32_t i = 0; i < expanding; ++i) outputs.push_back({j, i, job.expand_tokens[i]});
     for (size_t g = 0; g < job.groups.size(); ++g) {
-      AloneGroup& group = job.groups[g];
+      AloneGroup<E>& group = job.groups[g];
       group.first_row += static_cast<int64_t>(job.expanded.size());
       group.first_token += expanding;
       if (!group.resident) pairings.push_back({j, static_cast<int32_t>(g)});
@@ -196,14 +209,14 @@ struct Call {
 
   // Each block in groups of at most `most` panels, of nearly equal size.
   void add_tiles(int32_t j, int64_t most) {
-    const Partition& part = *jobs[j].partition;
+    const Partition<E>& part = *jobs[j].partition;
     for (int64_t k = 0; k < part.num_blocks; ++k) {
       const Block& block = part.blocks[k];
-      const int64_t stride = block.packed_cols() * kLanes, parts = (block.panels() + most - 1) / most;
+      const int64_t stride = block.packed_cols * kLanes, parts = (block.panels() + most - 1) / most;
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = block.panels() * i / parts, end = block.panels() * (i + 1) / parts;
         const int64_t row = block.row_start + first * kLanes;
-        const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(bf16));
+        const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(typename S::Formed));
         if (!jobs[j].groups.empty() && panels_size > panel_bytes) panel_bytes = panels_size;
         tiles.push_back({j, static_cast<int32_t>(end - first), &block, part.weights + block.weight + first * stride,
                          stride, row, block.rows - first * kLanes});
@@ -213,33 +226,35 @@ struct Call {
 
   // Lays out the scratch memory from `base`; returns its size in bytes.
   int64_t place(char* base) {
+    constexpr int64_t kSize = sizeof(E);
     char* next = base;
     const auto take = [&next](int64_t bytes) {
       char* start = next;
       next += (bytes + 63) & ~int64_t{63};
       return start;
     };
-    for (Job& job : jobs) {
-      const Partition& part = *job.partition;
+    for (Job<E>& job : jobs) {
+      const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
-      sorted_bytes = std::max(sorted_bytes, (2 * std::max(part.packed_cols, h_out) + 63) & ~int64_t{63});
+      sorted_bytes = std::max(sorted_bytes, (kSize * std::max(part.packed_cols, h_out) + 63) & ~int64_t{63});
       job.delta_stride = (h_out + 31) & ~int64_t{31};
-      job.delta = reinterpret_cast<bf16*>(take(job.num_tokens() * job.delta_stride * 2));
-      job.rows = reinterpret_cast<bf16*>(take(job.num_rows() * part.packed_cols * 2));
-      for (AloneGroup& group : job.groups)
+      job.delta = reinterpret_cast<E*>(take(job.num_tokens() * job.delta_stride * kSize));
+      job.rows = reinterpret_cast<typename S::Row*>(
+          take(job.num_rows() * part.packed_cols * static_cast<int64_t>(sizeof(typename S::Row))));
+      for (AloneGroup<E>& group : job.groups)
         if (!group.resident)
-          group.a_pairs = reinterpret_cast<uint32_t*>(take((group.rank + 1) / 2 * part.packed_cols * 4));
+          group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));
     }
     panel_bytes = (panel_bytes + 63) & ~int64_t{63};
-    factor_bytes = (layer.max_rank + 1) / 2 * kMaxPanels * static_cast<int64_t>(sizeof(__m512i));
+    factor_bytes = steps(layer.max_rank) * kMaxPanels * static_cast<int64_t>(sizeof(typename S::Operand));
     thread_space = take(omp_get_max_threads() * (sorted_bytes + panel_bytes + factor_bytes));
     return next - base;
   }
 
-  Workspace workspace(int thread) const {
+  Workspace<E> workspace(int thread) const {
     char* space = thread_space + thread * (sorted_bytes + panel_bytes + factor_bytes);
-    return {reinterpret_cast<bf16*>(space), reinterpret_cast<bf16*>(space + sorted_bytes),
-            reinterpret_cast<__m512i*>(space + sorted_bytes + panel_bytes)};
+    return {reinterpret_cast<E*>(space), reinterpret_cast<typename S::Formed*>(space + sorted_bytes),
+            reinterpret_cast<typename S::Operand*>(space + sorted_bytes + panel_bytes)};
   }
 };
 

@@ -1,37 +1,40 @@
 // What Python hands over (see cpp_ops.py): the tables of a layer and of a step. Every field is 64 bits wide.
 #pragma once
 
-#include "bf16.h"
+#include "scheme.h"
 
 namespace smoa {
 
 struct Block {
-  int64_t row_start, rows, col_start, cols, packed_col, weight;  // weight: first element in Partition::weights
-  int64_t packed_cols() const { return (cols + 1) & ~int64_t{1}; }
+  int64_t row_start, rows, col_start, cols, packed_col, packed_cols, weight;  // weight: first in Partition::weights
   int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
 };
 
+template <typename E>
 struct Partition {
-  const int64_t *row_inverse, *col_order;  // sorted position of a native row; native column at a sorted position
+  const int32_t *row_inverse, *col_order;  // sorted position of a native row; native column at a sorted position
   const Block* blocks;
-  const bf16* weights;
+  const E* weights;
   int64_t num_blocks, packed_cols, live_rows;  // sorted rows from live_rows on belong to no block
 };
 
+template <typename E>
 struct Entry {
   int64_t partition, rank;  // index of the layer's partition, -1 = nothing; rank 0 = no factors
-  const bf16* resident;     // blocks of dW in the layout of Partition::weights, null unless they are held
+  const E* resident;     // blocks of dW in the layout of Partition::weights, null unless they are held
 };
 
+template <typename E>
 struct Slice {
-  const bf16 *a, *b;  // [S, R, H_in], [S, R, H_out]
+  const E *a, *b;  // [S, R, H_in], [S, R, H_out]
   int64_t h_out, y_offset;
 };
 
+template <typename E>
 struct Layer {
-  const Slice* slices;
-  const Entry* entries;  // [slices][S]
-  const Partition* partitions;
+  const Slice<E>* slices;
+  const Entry<E>* entries;  // [slices][S]
+  const Partition<E>* partitions;
   int64_t num_slices, num_slots, num_partitions, max_rank, h_in;
 };
 

@@ -1,0 +1,100 @@
+// The register-tiled products that the delta is made of.
+#pragma once
+
+#include "scheme.h"
+
+namespace smoa {
+
+constexpr int kMaxPanels = kRegisters == 32 ? 2 : 1;  // panels that share one pass over the rows of the other operand
+constexpr int kTileRows = kRegisters == 32 ? 8 : 5;   // rows of it in registers at once
+
+// acc[p][r] = panel p of W times row r: sum over the columns.
+//   w: panels of `groups` groups, `panel_stride` elements apart.
+//   rows: R rows of kGroup * groups elements, `row_stride` elements apart.
+//   ahead: memory that is fetched meanwhile, as much as a panel.
+template <int P, int R, typename E, typename Row>
+inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
+                          const E* ahead, Floats (&acc)[P][R]) {
+  using S = Scheme<E>;
+  constexpr int kStep = S::kGroup * kLanes;
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) acc[p][r] = zeros();
+  const Row* row[R];
+  for (int r = 0; r < R; ++r) row[r] = rows + r * row_stride;
+  for (int64_t j = 0; j < groups; ++j) {
+    _mm_prefetch(ahead + j * kStep, _MM_HINT_T1);
+    const auto part = [&](auto index) {
+      typename S::Operand weight[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) weight[p] = S::template weight<index>(w + p * panel_stride + j * kStep);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto other = S::template broadcast_row<index>(row[r] + S::kGroup * j);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) acc[p][r] = S::multiply_add(acc[p][r], weight[p], other);
+      }
+    };
+    part(std::integral_constant<int, 0>{});
+    if constexpr (S::kParts == 2) part(std::integral_constant<int, 1>{});
+  }
+}
+
+// out = W * (B A) for P panels and C columns, a multiple of kGroup; see modulate_panels.
+template <int P, int C, typename E>
+inline void modulate_columns(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
+                             const typename Scheme<E>::Operand* b, int64_t steps, typename Scheme<E>::Formed* out) {
+  using S = Scheme<E>;
+  Floats sums[P][C];
+  for (int p = 0; p < P; ++p)
+    for (int c = 0; c < C; ++c) sums[p][c] = zeros();
+  for (int64_t q = 0; q < steps; ++q) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const auto factor = S::spread(a[q * a_stride + c]);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sums[p][c] = S::multiply_add(sums[p][c], b[q * P + p], factor);
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c += S::kGroup)
+      S::form(w + p * panel_stride + c * kLanes, &sums[p][c], out + p * panel_stride + c * kLanes);
+}
+
+// out = W * (B A) for P panels, `panel_stride` elements apart in both.
+//   a: [steps][columns], `a_stride` columns apart; b: [steps][P].
+template <int P, typename E>
+inline void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
+                            const typename Scheme<E>::Operand* b, int64_t steps, int64_t columns,
+                            typename Scheme<E>::Formed* out) {
+  constexpr int kColumns = 4, kRest = Scheme<E>::kGroup;
+  int64_t j = 0;
+  for (; j + kColumns <= columns; j += kColumns)
+    modulate_columns<P, kColumns>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes);
+  for (; j < columns; j += kRest)
+    modulate_columns<P, kRest>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes);
+}
+
+// y[i] += delta[inverse[i]], rounded once, for the i with inverse[i] < live; the others keep their bits.
+//   gathered: room for `size` elements. A second pass over it, as a vector load right after the narrow stores it covers
+//   would wait for them to reach the cache.
+template <typename E>
+inline void add_permuted(E* y, const E* delta, const int32_t* inverse, int64_t live, int64_t size, E* gathered) {
+  if (live == size) {
+    for (int64_t i = 0; i < size; ++i) gathered[i] = delta[inverse[i]];
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t n = size - i;
+      store_first(y + i, add(load_first(y + i, n), load_first(gathered + i, n)), n);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    if (inverse[i] >= live) continue;
+    E sum[kLanes];
+    store_first(sum, broadcast(widen(y[i]) + widen(delta[inverse[i]])), kLanes);
+    y[i] = sum[0];
+  }
+}
+
+}  // namespace smoa
