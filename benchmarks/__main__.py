@@ -1,10 +1,11 @@
-"""`python -m benchmarks serving|kernels [--quick] [--json FILE]`: exit 1 when a bar is missed."""
+"""`python -m benchmarks serving|kernels|tune [--quick] [--json FILE]`: exit 1 when a bar is missed."""
 
 import argparse
 import json
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from benchmarks.setup_facts import busy, facts
 from smoa_serve.errors import SmoaError
 
 RESULTS = Path(__file__).parent / "results"
-WHAT = ("serving", "kernels")
+WHAT = ("serving", "kernels", "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--quick", action="store_true", help="about a minute or two, at a smaller size, same bars")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too, one JSON object a line")
+    parser.add_argument("--device", default="cpu", help="kernels, tune: cpu or cuda")
+    parser.add_argument("--layers", metavar="NAME,NAME", help="kernels, tune: such as 4096x4096 (H_in x H_out)")
     options = parser.parse_args(arguments)
     errors = Console(stderr=True)
     load_before = busy()
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     begin = time.monotonic()
     try:
-        rows, bars = _run(options.what, quick=options.quick)
+        rows, bars = _run(options)
     except SmoaError as error:
         errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
@@ -49,17 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(bar.reached for bar in bars) else 1
 
 
-def _run(what: str, *, quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    if what == "serving":
+def _run(options: argparse.Namespace) -> tuple[list[dict[str, object]], list[Bar]]:
+    if options.what == "serving":
         from benchmarks import serving
 
-        return serving.run(quick)
-    from benchmarks import kernels
+        return serving.run(options.quick)
+    from benchmarks.kernels import run, tune
 
-    rows = kernels.run(quick)
-    for row in rows:
-        print(json.dumps(row))
-    return rows, []
+    layers = options.layers.split(",") if options.layers else None
+    measure = run.run if options.what == "kernels" else tune.run
+    return measure(options.quick, options.device, layers)
 
 
 def _write(shared: dict[str, object], extra: Path | None, rows: list[dict[str, object]]) -> None:

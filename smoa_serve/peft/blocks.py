@@ -32,7 +32,7 @@ class Block:
 
     def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """W_k [m_k, n_k]."""
-        return weight[self.rows[:, None], self.cols].to(dtype)
+        return weight.index_select(0, self.rows).index_select(1, self.cols).to(dtype)
 
     def delta(self, a: Tensor, b: Tensor, weight: Tensor, scaling: float) -> Tensor:
         """The update [m_k, n_k], in the factors' dtype."""
@@ -81,14 +81,15 @@ class _BlockUpdate(torch.autograd.Function):
         grad_a = torch.zeros_like(a) if need_a else None
         grad_b = torch.zeros_like(b) if need_b else None
         for block in ctx.blocks:
+            a_k, b_k = block.factors(a, b)
+            weight_k = block.weight(weight, a.dtype).mul_(ctx.scaling)
             grad_k = grad.index_select(1, block.rows)  # [T, m_k]
             if grad_x is not None:
-                delta = block.delta(a, b, weight, ctx.scaling).to(x.dtype)
+                delta = (b_k @ a_k).mul_(weight_k).to(x.dtype)
                 grad_x.index_copy_(1, block.cols, grad_k @ delta)
             if need_a or need_b:
                 product = (grad_k.t() @ x.index_select(1, block.cols)).to(a.dtype)  # of B_k A_k, [m_k, n_k]
-                product.mul_(block.weight(weight, a.dtype)).mul_(ctx.scaling)
-                a_k, b_k = block.factors(a, b)
+                product.mul_(weight_k)
                 if grad_a is not None:
                     grad_a[: block.rank].index_copy_(1, block.cols, b_k.t() @ product)
                 if grad_b is not None:
