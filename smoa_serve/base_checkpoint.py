@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapter import WeightFingerprint
 from .errors import BaseModelError
+from .quantized_tensors import quantized_shapes
 from .stored_tensors import FLOAT_DTYPES, StoredTensor, read_headers, tensor_bytes
 
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -72,11 +73,8 @@ class BaseCheckpoint:
     @property
     def is_quantized(self) -> bool:
         """True when the stored weights are not the float weights an adapter was trained on."""
-        if self.config.get("quantization_config") or self.config.get("compression_config"):
-            return True
-        return any(t.dtype not in FLOAT_DTYPES for t in self._linear.values()) or any(
-            name.endswith((".qweight", ".weight_packed")) for name in self.tensors
-        )
+        configured = self.config.get("quantization_config") or self.config.get("compression_config")
+        return bool(configured or self.quantized_modules)
 
     @property
     def tied_output(self) -> bool:
@@ -87,8 +85,20 @@ class BaseCheckpoint:
 
     @cached_property
     def linear_modules(self) -> tuple[str, ...]:
-        """Modules with a 2-D weight of their own: no norms, no embeddings, no tied output layer. In file order."""
-        return tuple(self._linear)
+        """Modules with a 2-D weight of their own: no norms, no embeddings, no tied output layer. In file order, those
+        with a quantized weight last."""
+        return (*self._linear, *self.quantized_modules)
+
+    @cached_property
+    def quantized_modules(self) -> dict[str, tuple[int, int]]:
+        """Linear modules whose weight is stored quantized -> (H_out, H_in). They have no fingerprint and no order."""
+        prefix = self._missing_prefix()
+        shapes = quantized_shapes(self.tensors, self.config)
+        return {
+            f"{prefix}.{module}" if prefix else module: shape
+            for module, shape in shapes.items()
+            if not EMBEDDING.search(module)
+        }
 
     @cached_property
     def _linear(self) -> dict[str, StoredTensor]:
@@ -96,7 +106,7 @@ class BaseCheckpoint:
         found = {}
         for name, stored in self.tensors.items():
             module = name.removesuffix(".weight")
-            if module == name or len(stored.shape) != 2:
+            if module == name or len(stored.shape) != 2 or not stored.is_float:
                 continue
             if module in OUTPUT_MODULES:
                 if not self.tied_output:
@@ -114,11 +124,16 @@ class BaseCheckpoint:
         """The stored tensor of a linear module.
 
         Raises:
-            BaseModelError: the base has no such linear module; the text says what is there instead.
+            BaseModelError: the base has no such linear module, or it is quantized; the text says what is there.
         """
         if module not in self._linear:
-            raise BaseModelError(f"base model {self.path.name!r}: {self.why_not_linear(module)}")
+            raise BaseModelError(f"base model {self.path.name!r}: {self._why_not_stored(module)}")
         return self._linear[module]
+
+    def _why_not_stored(self, module: str) -> str:
+        if module in self.quantized_modules:
+            return f"the weight of {module!r} is quantized; give the checkpoint that it was made from"
+        return self.why_not_linear(module)
 
     def why_not_linear(self, module: str) -> str:
         """Why `module` cannot be adapted, in one sentence without a full stop."""
@@ -138,6 +153,8 @@ class BaseCheckpoint:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(H_out, H_in)."""
+        if module in self.quantized_modules:
+            return self.quantized_modules[module]
         rows, cols = self.stored(module).shape
         return (cols, rows) if self.is_transposed(module) else (rows, cols)
 

@@ -1,12 +1,19 @@
 """Every tensor of an adapter against the base: all reasons at once."""
 
+import logging
+
 from .adapter import Adapter, ModuleUpdate
 from .base_checkpoint import BaseCheckpoint
 from .errors import AdapterError
 
+logger = logging.getLogger(__name__)
+
 
 def check_binding(adapter: Adapter, base: BaseCheckpoint, *, source: object = "in memory") -> None:
     """Make sure that every module of an adapter has its place in the base, and that it is the base it was made for.
+
+    A module that the base stores quantized has no fingerprint: only its shape is checked, and the log says so. Whether
+    the engine can multiply with its weight is the engine's to say.
 
     Args:
         adapter: complete adapter.
@@ -16,13 +23,20 @@ def check_binding(adapter: Adapter, base: BaseCheckpoint, *, source: object = "i
     Raises:
         AdapterError: with every reason: unknown modules, shapes that do not fit, another base, nothing to bind.
     """
-    if base.is_quantized:
-        raise AdapterError(source, "the base is quantized: SMoA and HiRA updates need the weights they were trained on")
     reasons = [reason for name in adapter.modules for reason in _module_reasons(name, adapter.modules[name], base)]
     if not adapter.modules:
         reasons.append("it has no factors at all, nothing would be bound")
     if reasons:
         raise AdapterError(source, reasons)
+    unknown = [name for name in adapter.modules if name in base.quantized_modules]
+    if unknown:
+        logger.warning(
+            "Adapter %s: %d of its %d layers are quantized in this base. Its updates multiply the dequantized weights; "
+            "that these were made from the weights it was trained on cannot be checked.",
+            source,
+            len(unknown),
+            len(adapter.modules),
+        )
 
 
 def _module_reasons(name: str, update: ModuleUpdate, base: BaseCheckpoint) -> list[str]:
@@ -30,7 +44,7 @@ def _module_reasons(name: str, update: ModuleUpdate, base: BaseCheckpoint) -> li
         return [base.why_not_linear(name)]
     if update.shape != base.shape(name):
         return [f"{name}: the factors are for a layer of {_by(update.shape)}, the base has {_by(base.shape(name))}"]
-    if update.base is None:
+    if update.base is None or name in base.quantized_modules:
         return []
     found = base.fingerprint(name)
     if update.base.dtype != found.dtype:

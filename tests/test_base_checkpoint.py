@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,36 @@ def test_quantized_bases_are_recognised(
     make_base: MakeBase, config: dict[str, object], tensors: dict[str, torch.Tensor]
 ) -> None:
     assert BaseCheckpoint.open(make_base(tensors, **config)).is_quantized
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"qweight": (torch.int32, 8, 96), "scales": (torch.float16, 2, 96), "g_idx": (torch.int32, 64)},
+        {"qweight": (torch.int32, 8, 96)},
+        {"qweight": (torch.int32, 64, 12), "scales": (torch.float16, 2, 96)},
+        {"weight_packed": (torch.int32, 96, 8), "weight_scale": (torch.float16, 96, 2)},
+        {"weight": (torch.int8, 96, 64), "weight_scale": (torch.float32, 96, 1)},
+        {"weight": (torch.float8_e4m3fn, 96, 64), "weight_scale": (torch.float32,)},
+    ],
+    ids=["gptq", "gptq without groups", "awq", "packed", "int8", "fp8"],
+)
+def test_quantized_modules_are_linear_and_have_their_weights_shape(
+    make_base: MakeBase, parts: dict[str, tuple[Any, ...]]
+) -> None:
+    stored = {f"{Q}.{part}": torch.zeros(shape, dtype=dtype) for part, (dtype, *shape) in parts.items()}
+    base = BaseCheckpoint.open(make_base(stored | {"model.layers.0.mlp.up_proj.weight": torch.zeros(6, 4)}))
+    assert base.linear_modules == ("model.layers.0.mlp.up_proj", Q)
+    assert base.shape(Q) == (96, 64)
+    assert base.is_quantized
+    for read in (base.fingerprint, base.weight):
+        with pytest.raises(BaseModelError, match=r"weight of .*q_proj.* is quantized; give the checkpoint that it was"):
+            read(Q)
+
+
+def test_the_shape_written_beside_a_packed_weight_counts(make_base: MakeBase) -> None:
+    stored = {f"{Q}.weight_packed": torch.zeros(96, 16, dtype=torch.int32), f"{Q}.weight_shape": torch.tensor([96, 63])}
+    assert BaseCheckpoint.open(make_base(stored)).shape(Q) == (96, 63)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,17 @@ def test_an_adapter_that_binds_nothing_is_refused(base: BaseCheckpoint) -> None:
         check_binding(_adapter({}), base)
 
 
-def test_a_quantized_base_is_refused(make_base: MakeBase) -> None:
-    quantized = BaseCheckpoint.open(make_base({f"{NAMES[0]}.weight": torch.zeros(6, 4, dtype=torch.int8)}))
-    with pytest.raises(AdapterError, match="the base is quantized"):
-        check_binding(_adapter({NAMES[0]: _update(6, 4, None)}), quantized)
+def test_a_quantized_layer_is_checked_for_its_shape_and_the_log_says_that_it_is_no_more(
+    make_base: MakeBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors: dict[str, Any] = {f"{NAMES[0]}.weight": torch.zeros(6, 4, dtype=torch.int8)}
+    base = BaseCheckpoint.open(make_base(tensors | {f"{NAMES[1]}.weight": torch.zeros(6, 4)}))
+    foreign = WeightFingerprint((6, 4), "bfloat16", "0" * 64)
+    right = _update(6, 4, base.fingerprint(NAMES[1]))
+    check_binding(_adapter({NAMES[0]: _update(6, 4, foreign), NAMES[1]: right}), base, source="mine")
+    assert "Adapter mine: 1 of its 2 layers are quantized in this base" in caplog.text
+    with pytest.raises(AdapterError) as caught:
+        check_binding(_adapter({NAMES[0]: _update(5, 4, foreign), NAMES[1]: _update(6, 4, foreign)}), base)
+    assert [reason.split(":")[0] for reason in caught.value.reasons] == NAMES[:2]
+    assert "the factors are for a layer of 5 × 4, the base has 6 × 4" in caught.value.reasons[0]
+    assert "trained on bfloat16 weights" in caught.value.reasons[1]

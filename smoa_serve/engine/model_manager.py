@@ -13,7 +13,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 
 from smoa_serve.adapter import Adapter
-from smoa_serve.engine import compiling, layers, logits
+from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
 from smoa_serve.errors import AdapterError
 
@@ -35,6 +35,12 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         plan: which tokens of the current step use which SMoA slot.
         smoa_refusal: why this engine serves no SMoA adapters at all; None when it does.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.smoa_refusal is None:
+            wrapped = (layer for layer in self.modules.values() if isinstance(layer, layers.SmoaLinearMixin))
+            quantized.report(wrapped, self._model_dtype)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)

@@ -1,10 +1,12 @@
 """The base weight of a wrapped layer, as it is served on this rank."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smoa_serve.engine import quantized
 from smoa_serve.errors import BaseModelError
 
 # Columns recovered at a time: bounds the identity matrix and its product.
@@ -14,8 +16,9 @@ CHUNK_COLUMNS = 2048
 class ServedWeight:
     """Reads blocks of one rank's part of a linear layer's weight.
 
-    vLLM's CPU layers repack the weight and drop the original; it is recovered by multiplying unit vectors, which is
-    exact (one product per output, the rest zeros). The recovered matrix lives until `close`.
+    vLLM's CPU layers repack the weight and drop the original, and quantized layers hold it in other forms; it is
+    recovered by multiplying unit vectors, which is exact (one product per output, the rest zeros). The recovered matrix
+    lives until `close`. An fp8 weight that lies in the open is dequantized block by block instead.
 
     Args:
         base_layer: vLLM's linear layer.
@@ -32,12 +35,24 @@ class ServedWeight:
         self._dtype = dtype
         self._recovered: Tensor | None = None
 
+    @property
+    def dequantized_bytes(self) -> int:
+        """Bytes of the whole weight of this rank in the model's dtype."""
+        return sum(self._sizes) * self._columns * self._dtype.itemsize
+
     def refusal(self) -> str | None:
-        """Why this layer's weight cannot be read, None when it can."""
-        method = type(self._layer.quant_method).__name__
-        if "Unquantized" not in method:
-            return f"the base weight is quantized ({method}); SMoA and HiRA need an unquantized base"
-        return None
+        """Why this layer's weight cannot be read exactly, None when it can."""
+        if not quantized.is_quantized(self._layer) or self._is_fp8:
+            return None
+        return self._why_not_recoverable
+
+    @cached_property
+    def _is_fp8(self) -> bool:
+        return quantized.is_readable_fp8(self._layer, self._columns, self._dtype)
+
+    @cached_property
+    def _why_not_recoverable(self) -> str | None:
+        return quantized.why_not_recoverable(self._layer, self._columns, self._dtype)
 
     def block(self, index: int, rows: Tensor, cols: Tensor) -> Tensor:
         """W[rows][:, cols] of slice `index`.
@@ -50,8 +65,11 @@ class ServedWeight:
         Returns:
             [m, n] in the model's dtype, contiguous, on the device.
         """
-        weight = self._full()
         start = self._offsets[index]
+        stored = quantized.quantized_weight(self._layer)
+        if stored is not None and self._is_fp8:
+            return quantized.dequantized(*stored, rows + start, cols, self._dtype)
+        weight = self._full()
         part = weight[start : start + self._sizes[index]]
         # A whole weight in its own order (HiRA) needs no copy.
         picked = part if _is_all(rows, part.shape[0]) else part.index_select(0, rows)
@@ -62,10 +80,11 @@ class ServedWeight:
         self._recovered = None
 
     def _full(self) -> Tensor:
-        weight = getattr(self._layer, "weight", None)
         rows, columns = sum(self._sizes), self._columns
-        if isinstance(weight, Tensor) and tuple(weight.shape) == (rows, columns) and weight.device.type != "cpu":
-            return weight.detach()
+        if not quantized.is_quantized(self._layer):
+            weight = getattr(self._layer, "weight", None)
+            if isinstance(weight, Tensor) and tuple(weight.shape) == (rows, columns) and weight.device.type != "cpu":
+                return weight.detach()
         if self._recovered is None:
             self._recovered = self._recover(rows, columns)
         return self._recovered

@@ -65,12 +65,13 @@ def _checked_ranks(
     options: LoadOptions,
 ) -> tuple[int, ...]:
     """The rank of each block, once nothing speaks against the adapter. Costs no SVD."""
-    reasons = foreign_reasons(source, others)
     if base.is_quantized:
-        reasons.append(
+        raise AdapterError(
+            source.name,
             "the base is quantized, and the order of a published SMoA adapter can only be derived from the weights it "
-            "was trained on; convert it to the portable format with the original base"
+            "was trained on; convert it to the portable format with the original base (smoa-serve convert --base)",
         )
+    reasons = foreign_reasons(source, others)
     if not modules:
         raise AdapterError(source.name, reasons or "the file holds no SMoA factors, nothing would be bound")
     shapes = {name: base.shape(name) for name in modules if name in base.linear_modules}
