@@ -11,26 +11,35 @@ class Bar:
 
     Attributes:
         name: what is compared.
-        figure: what was measured; higher is better.
-        at_least: the bar.
+        figure: what was measured.
+        at_least: the bar where higher is better, else None.
         spread: lowest and highest figure of the repeats.
+        at_most: the bar where lower is better, else None.
     """
 
     name: str
     figure: float
-    at_least: float
+    at_least: float | None
     spread: tuple[float, float]
+    at_most: float | None = None
 
     @property
     def reached(self) -> bool:
-        """Whether the figure is at or above the bar."""
-        return self.figure >= self.at_least
+        """Whether the figure is on the right side of the bar, or on it."""
+        return (self.at_least is None or self.figure >= self.at_least) and (
+            self.at_most is None or self.figure <= self.at_most
+        )
+
+    @property
+    def limit(self) -> str:
+        """The bar, for people."""
+        return f"at most {self.at_most:.2f}" if self.at_least is None else f"{self.at_least:.2f}"
 
     def line(self) -> str:
         """For people."""
         low, high = self.spread
         verdict = "reached" if self.reached else "MISSED"
-        return f"{verdict:8} {self.name}: {self.figure:.2f} (bar {self.at_least:.2f}, repeats {low:.2f} to {high:.2f})"
+        return f"{verdict:8} {self.name}: {self.figure:.2f} (bar {self.limit}, repeats {low:.2f} to {high:.2f})"
 
     def row(self) -> dict[str, object]:
         """For JSON."""

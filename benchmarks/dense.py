@@ -40,6 +40,10 @@ class Branch:
     rows: Tensor
     cols: Tensor
 
+    def to(self, device: torch.device) -> "Branch":
+        """The same on another device."""
+        return Branch(*(tensor.to(device) for tensor in (self.a, self.b, self.anchor, self.rows, self.cols)))
+
 
 @dataclass(frozen=True)
 class DenseWay:
@@ -117,11 +121,18 @@ def _random(h_in: int, slices: tuple[int, ...], rank: int, num_blocks: int) -> t
         updates = [random_update(row, cols, [branch] * num_blocks, generator) for row in rows]
         layer.bank.set(slot, updates)
         pairs = zip(updates, layer.weights, strict=True)
-        published.append([_branches(update, weight, num_blocks) for update, weight in pairs])
+        published.append([published_branches(update, weight, num_blocks) for update, weight in pairs])
     return layer, DenseWay(layer.weights, published)
 
 
-def _branches(update: SliceUpdate, weight: Tensor, num_blocks: int) -> list[Branch]:
+def published_branches(update: SliceUpdate, weight: Tensor, num_blocks: int) -> list[Branch]:
+    """What the published layer keeps of one adapter.
+
+    Args:
+        update: of one slice.
+        weight: [H_out, H_in] of it.
+        num_blocks: K.
+    """
     branches = []
     for k in range(num_blocks):
         rows = (update.row_block == k).nonzero()[:, 0]

@@ -54,8 +54,10 @@ class CostModel:
 # From the crossing points measured on AVX512-BF16 cores: bf16, layers of 896 and 4864, K = 4 and 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=20.0, form_per_rank=5.5, resident=4.0)
 CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=1.0)
+# Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
+TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
-DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType({"torch": TORCH_COST, "cpp": CPP_COST})
+DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType({"triton": TRITON_COST, "cpp": CPP_COST, "torch": TORCH_COST})
 # For tests and measurements: one way for every group. Resident needs the group's blocks, others then expand.
 ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("inf"))
 ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0, resident=float("inf"))
@@ -66,7 +68,7 @@ def cost_model(implementation: str, device: torch.device, dtype: torch.dtype) ->
     """The constants of an implementation on this device: those measured here, else the default ones.
 
     Args:
-        implementation: "torch", "cpp", ...; one without a default of its own starts from torch's.
+        implementation: a name in DEFAULT_COSTS.
         device: where it runs; on a CPU the number of threads that torch uses now counts too.
         dtype: of the model.
 
@@ -83,7 +85,7 @@ def _cost_model(implementation: str, device: torch.device, dtype: torch.dtype, t
     for cost in _stored():
         if cost.key == wanted:
             return CostModel(cost.form, cost.form_per_rank, cost.resident)
-    return DEFAULT_COSTS.get(implementation, TORCH_COST)
+    return DEFAULT_COSTS[implementation]
 
 
 @cache
