@@ -20,10 +20,10 @@ help: ## list the targets
 setup: ## make .venv with what this machine needs (CUDA or CPU engine)
 	@$(or $(PYTHON),python3) scripts/setup_env.py --venv $(VENV)
 
-demo: setup ## build a small base and its adapters, serve them, ask them all, print a table, shut down
+demo: setup ## serve the small base and its adapters that ship with the project, ask them all, print a table, shut down
 	@$(PY) -m smoa_serve.demo run $(ARGS)
 
-demo-models: setup ## only build the demo's base model and adapters
+demo-models: setup ## train the demo's base and adapters anew; ARGS=--ship puts them into the project
 	@$(PY) -m smoa_serve.demo models $(ARGS)
 
 serve: setup ## the demo's server, left running until Ctrl-C

@@ -1,6 +1,6 @@
 """The demo's adapters: each makes one style the base's own, trained by gradient descent on its factors only."""
 
-import json
+import hashlib
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapter import AdapterKind
 from ..base_checkpoint import BaseCheckpoint
 from ..spectral import spectral_order
-from .artifacts import STAMP, build_folder
+from .artifacts import build_folder
 from .base_model import load_base, logits
 from .corpus import Style
 from .data import Batch, adapter_conversations, encode
@@ -70,9 +70,13 @@ RECIPES = (
 
 def build_adapter(recipe: Recipe, base_dir: Path, folder: Path, report: Report) -> bool:
     """Train an adapter into `folder` unless it is there. True when it had to be trained."""
-    base_digest = json.loads((base_dir / STAMP).read_text(encoding="utf-8"))["digest"]
-    stamp = asdict(recipe) | {"schedule": asdict(recipe.schedule), "base": base_digest, "version": 1}
-    return build_folder(folder, stamp, lambda out: _train(recipe, base_dir, out, report))
+    return build_folder(folder, adapter_recipe(recipe, base_dir), lambda out: _train(recipe, base_dir, out, report))
+
+
+def adapter_recipe(recipe: Recipe, base_dir: Path) -> dict[str, object]:
+    """Everything an adapter depends on; the very numbers of the base among it, since two trainings give two bases."""
+    base_digest = hashlib.sha256((base_dir / "model.safetensors").read_bytes()).hexdigest()
+    return asdict(recipe) | {"schedule": asdict(recipe.schedule), "base": base_digest, "version": 2}
 
 
 def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:

@@ -36,7 +36,7 @@ SCHEDULE = Schedule(max_steps=260, learning_rate=3e-3, batch_size=28, check_ever
 
 def base_recipe() -> dict[str, object]:
     """Everything the base depends on."""
-    return {"shape": asdict(SHAPE), "schedule": asdict(SCHEDULE), "seed": SEED, "texts": all_texts(), "version": 1}
+    return {"shape": asdict(SHAPE), "schedule": asdict(SCHEDULE), "seed": SEED, "texts": all_texts(), "version": 2}
 
 
 def build_base(folder: Path, report: Report) -> bool:
