@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from smoa_kernels.aligned import AlignedBlocks
+from smoa_kernels.device_tables import MAX_BLOCKS, LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
-from smoa_kernels.implementations import default_implementation, require_implementation
+from smoa_kernels.implementations import default_implementation, native_fp8, require_implementation
 from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
 from smoa_kernels.partition import Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
@@ -17,6 +19,9 @@ from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
 # With rows and cols covering everything in native order it may return the weight itself.
 WeightBlock = Callable[[int, Tensor, Tensor], Tensor]
+# (slice_index, rows int64 [m]) -> fp32 [m].
+RowScale = Callable[[int, Tensor], Tensor]
+FP8 = torch.float8_e4m3fn
 Value = TypeVar("Value")
 
 
@@ -49,6 +54,8 @@ class LayerBank:
         b: per slice [S, R, H_out_i] contiguous storage, likewise (B transposed). One dtype (fp32, bf16, fp16), one
             device.
         weight_block: fetches a block of the base weight; called once per block when a partition first appears.
+        row_scale: for a base weight in fp8 (float8_e4m3fn, as `weight_block` then returns it): what each row of it is
+            multiplied with. GPUs that know fp8 keep the blocks so, others in model dtype.
         retain_partitions: how many partitions that no slot uses are kept per slice, so that evicting an adapter and
             loading it again fetches nothing.
         implementation: which one the blocks are laid out for and `smoa_delta` runs; None = the best one here.
@@ -58,7 +65,9 @@ class LayerBank:
         slices: H_out_i of each slice; h_out their sum; h_in, num_slots S, max_rank R.
         slots: per slot, per slice what it holds, None where there is no update. One more at the end, see `merge`.
         merged: the slot whose update the caller has folded into the base weight.
-        version: grows with every set and clear.
+        version: grows with every change of a slot.
+        fp8: whether the blocks are kept in fp8.
+        tables: what the GPU kernels read; None for the others.
 
     Raises:
         ShapeError: the storages do not fit together.
@@ -71,6 +80,7 @@ class LayerBank:
         a: Sequence[Tensor],
         b: Sequence[Tensor],
         weight_block: WeightBlock,
+        row_scale: RowScale | None = None,
         retain_partitions: int = 4,
         implementation: str | None = None,
     ) -> None:
@@ -89,10 +99,10 @@ class LayerBank:
         self.version = 0
         self._weight_block = weight_block
         self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
-        self._store: type[PlainBlocks] | type[PackedBlocks] = (
-            PackedBlocks if self.implementation == "cpp" else PlainBlocks
-        )
+        self._row_scale = row_scale
+        self.fp8 = row_scale is not None and self.implementation == "triton" and native_fp8(self.device)
         self._memo: dict[Hashable, tuple[int, Any]] = {}
+        self.tables = LayerTables(self) if self.implementation == "triton" else None
 
     @property
     def partition_bytes(self) -> int:
@@ -126,6 +136,7 @@ class LayerBank:
             if update is not None and entry is not None:
                 self._write(index, slot, update, entry.partition)
         self.slots[slot] = tuple(held)
+        self._changed()
 
     def clear(self, slot: int) -> None:
         """Empties a slot. Its tokens then get no delta; its storages are zero.
@@ -229,11 +240,13 @@ class LayerBank:
         return entry.partition.store.block(k) - self.merged_block(index, slot, k)
 
     def _form(self, entry: SlotSlice, block: Callable[[int], Tensor]) -> BlockStore:
-        return self._store([block(k) for k in range(len(entry.partition.blocks))])
+        return self._keep([block(k) for k in range(len(entry.partition.blocks))])
 
     def _changed(self) -> None:
         self.version += 1
         self._memo.clear()
+        if self.tables is not None:
+            self.tables.write(self.slots)
 
     def memo(self, key: Hashable, step: int, build: Callable[[], Value]) -> Value:
         """`build()`, remembered under `key` while neither the slots nor the step (a plan's version) change."""
@@ -250,17 +263,35 @@ class LayerBank:
 
     def _build(self, index: int, digest: bytes, update: SliceUpdate) -> Partition:
         row_order, col_order, blocks = sort_blocks(update.row_block, update.col_block)
+        if self.tables is not None and len(blocks) > MAX_BLOCKS:
+            reason = f"slice {index}: it has {len(blocks)} blocks; on a GPU at most {MAX_BLOCKS} are allowed."
+            raise ShapeError("the update", [reason])
         row_order, col_order = row_order.to(self.device), col_order.to(self.device)
-        weights = []
+        dtype = self.dtype if self._row_scale is None else FP8
+        weights, scales = [], []
         for block in blocks:
             rows, cols = row_order[block.row_start : block.row_end], col_order[block.col_start : block.col_end]
             weight = self._weight_block(index, rows, cols)
-            if weight.shape != (block.rows, block.cols) or weight.dtype != self.dtype or weight.device != self.device:
+            if weight.shape != (block.rows, block.cols) or weight.dtype != dtype or weight.device != self.device:
                 found = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-                wanted = f"({block.rows}, {block.cols}) {self.dtype} on {self.device}"
+                wanted = f"({block.rows}, {block.cols}) {dtype} on {self.device}"
                 raise ShapeError(f"weight_block of slice {index}", [f"it returned {found}, asked for was {wanted}."])
+            if self._row_scale is not None:
+                scales.append(self._row_scale(index, rows).float())
             weights.append(weight)
-        return Partition(digest, row_order, col_order, blocks, self._store(weights))
+        if scales and not self.fp8:
+            weights = [(w.float() * s[:, None]).to(self.dtype) for w, s in zip(weights, scales, strict=True)]
+            scales = []
+        return Partition(digest, row_order, col_order, blocks, self._keep(weights, scales))
+
+    def _keep(self, blocks: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> BlockStore:
+        match self.implementation:
+            case "triton":
+                return AlignedBlocks(blocks, self.dtype, scales)
+            case "cpp":
+                return PackedBlocks(blocks)
+            case _:
+                return PlainBlocks(blocks)
 
     def _write(self, index: int, slot: int, update: SliceUpdate, partition: Partition) -> None:
         rank = int(update.a.shape[0])

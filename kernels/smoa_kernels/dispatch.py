@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
@@ -16,8 +17,17 @@ from smoa_kernels.torch_ops import smoa_delta_torch
 __all__ = ["available_implementations", "default_implementation", "smoa_delta"]
 
 Implementation = Callable[[Tensor, Tensor, LayerBank, StepPlan], None]
+
+
+def _smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> None:
+    # Triton is imported where it is used: it is not there on every machine.
+    from smoa_kernels.triton_ops import smoa_delta_triton
+
+    smoa_delta_triton(y, x, bank, plan)
+
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {"cpp": smoa_delta_cpp, "torch": smoa_delta_torch, "reference": smoa_delta_reference}
+    {"triton": _smoa_delta_triton, "cpp": smoa_delta_cpp, "torch": smoa_delta_torch, "reference": smoa_delta_reference}
 )
 
 
@@ -35,7 +45,7 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
         x: [>= T, H_in] model dtype, read only; must not overlap y.
         bank: the layer's adapters and weight blocks.
         plan: the step; T = plan.num_tokens.
-        implementation: "cpp", "torch" or "reference"; None = the one the bank was made for.
+        implementation: "triton", "cpp", "torch" or "reference"; None = the one the bank was made for.
 
     Raises:
         ShapeError: x or y does not fit the bank or the plan, or they name different slots as merged.
@@ -60,8 +70,10 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
         or plan.merged != bank.merged
     ):
         raise ShapeError("the input of the delta", _reasons(y, x, bank, plan))
+    # A captured graph has to serve steps in which other tokens have adapters.
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     for part in (plan, plan.compensation):
-        if part is not None and part.active:
+        if part is not None and (part.active or capturing):
             IMPLEMENTATIONS[implementation or bank.implementation](y, x, bank, part)
 
 

@@ -1,12 +1,15 @@
 """Which implementations exist and which of them can serve a device and dtype here."""
 
+import importlib.util
+import os
+
 import torch
 
 from smoa_kernels import cpp_build
 from smoa_kernels.errors import ImplementationError
 
 # In order of preference.
-NAMES = ("cpp", "torch", "reference")
+NAMES = ("triton", "cpp", "torch", "reference")
 
 
 def available_implementations(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -40,7 +43,25 @@ def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str |
     """Why an implementation cannot serve, None when it can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if name == "triton":
+        return _triton_reason(device_type, dtype)
     return cpp_build.unavailable_reason(device_type, dtype) if name == "cpp" else None
+
+
+def native_fp8(device: torch.device) -> bool:
+    """Whether the Triton kernels can read fp8 (e4m3) weights there: from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _triton_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        # For tests: slow, and tl.dot is wrong for bfloat16 there.
+        return "its interpreter takes float32 and float16 only" if dtype is torch.bfloat16 else None
+    return f"it serves CUDA devices, not {device_type}"
 
 
 def _refusal(wish: str, device: torch.device, dtype: torch.dtype) -> str:

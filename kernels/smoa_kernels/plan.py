@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smoa_kernels.cost import TRITON_COST
+from smoa_kernels.device_tables import StepTables
 from smoa_kernels.errors import PlanError
 
 Value = TypeVar("Value")
 _VERSIONS = count(1)
+DEFAULT_RANK = 8  # until a slot is described
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class StepPlan:
         merged: the slot that is folded into the base weight; its tokens need no delta and are in no group.
         compensation: beside a merged slot, the plan that gives all other tokens slot `num_slots` (see
             `LayerBank.merge`); None without one.
+        ranks: [S] highest live rank that any layer has of each slot, and residents: whether it has resident blocks.
+            Only the GPU kernels' choice of ways goes by them; see `describe`.
+        cost: their cost model.
         version: identity of the current map, unique among all plans; unchanged by an update with an equal map.
     """
 
@@ -75,7 +81,11 @@ class StepPlan:
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
         self.merged: int | None = None
         self.compensation: StepPlan | None = None
+        self.ranks = [DEFAULT_RANK] * num_slots
+        self.residents = [False] * num_slots
+        self.cost = TRITON_COST
         self.version = 0
+        self._tables: StepTables | None = None
         self._slots: NDArray[np.int64] = np.empty(0, np.int64)
         self._cache: dict[Hashable, Any] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -123,6 +133,31 @@ class StepPlan:
         self.token_to_slot.fill_(-1)
         self.token_to_slot[: slots.size].copy_(torch.from_numpy(slots))
         self.token_order[: self.order.size].copy_(torch.from_numpy(self.order))
+        self._write_tables()
+
+    def describe(self, slot: int, rank: int, resident: bool) -> None:
+        """Says what a slot holds, so that its tokens go the cheapest way. A wrong word costs time, never exactness.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            rank: highest live rank in any layer; 0 = resident blocks only.
+            resident: whether its blocks of dW are held.
+        """
+        if (self.ranks[slot], self.residents[slot]) != (rank, resident):
+            self.ranks[slot], self.residents[slot] = rank, resident
+            self._write_tables()
+
+    @property
+    def tables(self) -> StepTables:
+        """What the GPU kernels read; made at the first call, never moved afterwards."""
+        if self._tables is None:
+            self._tables = StepTables(self.max_tokens, self.num_slots, self.device)
+            self._write_tables()
+        return self._tables
+
+    def _write_tables(self) -> None:
+        if self._tables is not None:
+            self._tables.write(self.groups, self.order, self.ranks, self.residents, self.cost)
 
     def _compensate(self, slots: NDArray[np.int64], merged: int | None) -> None:
         if merged is None:
@@ -130,6 +165,7 @@ class StepPlan:
             return
         if self.compensation is None:
             self.compensation = StepPlan(self.max_tokens, self.num_slots + 1, self.device)
+            self.compensation.describe(self.num_slots, 0, resident=True)
         self.compensation.update(np.where(slots == merged, -1, self.num_slots))
 
     def _group(self, slots: NDArray[np.int64]) -> None:
