@@ -14,6 +14,7 @@ _VARIABLES = {
     "strict_order": "SMOA_STRICT_ORDER",
     "allow_hub": "SMOA_ALLOW_HUB",
     "required": "SMOA_SERVE_REQUIRED",
+    "cuda_graphs": "SMOA_CUDA_GRAPHS",
 }
 
 
@@ -25,6 +26,7 @@ class Settings(BaseModel):
         allow_pickle: read `.bin` files (with `weights_only=True`).
         strict_order: refuse published files whose spectral order is not well determined.
         allow_hub: let HTTP loads name a repository of the Hugging Face hub.
+        cuda_graphs: serve SMoA inside CUDA graphs. Off: not yet proven on a GPU, so such an engine refuses SMoA.
         required: the server must not start unless every process has this plugin.
     """
 
@@ -35,6 +37,7 @@ class Settings(BaseModel):
     strict_order: bool = False
     allow_hub: bool = False
     required: bool = False
+    cuda_graphs: bool = False
 
     @field_validator("adapter_roots", mode="before")
     @classmethod

@@ -74,20 +74,28 @@ def scratch_bytes(bank: LayerBank, max_tokens: int) -> int:
     return rows * (len(bank.slices) * _padded(bank) + bank.h_out) * bank.dtype.itemsize
 
 
-def smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> None:
+def warm_up(bank: LayerBank, plan: StepPlan) -> None:
+    """Compiles and loads a bank's kernels, which must not happen while a CUDA graph is captured; y stays as it is."""
+    x = torch.zeros(1, bank.h_in, dtype=bank.dtype, device=bank.device)
+    smoa_delta_triton(x.new_zeros(1, bank.h_out), x, bank, plan, everything=True)
+
+
+def smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, everything: bool = False) -> None:
     """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; the plan's tables say which way each token goes.
 
-    While a CUDA graph is captured, everything is launched for as many tokens as x has rows, whatever the plan holds.
+    Args:
+        everything: launch all kernels for as many tokens as x has rows, whatever the plan holds now: what a CUDA graph
+            has to capture, and does.
     """
     if bank.tables is None:
         raise ShapeError("the bank", ["it was not made for the Triton kernels; make it with implementation='triton'."])
     step = plan.tables
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    tokens = x.shape[0] if capturing else step.num_expand
+    everything = everything or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    tokens = x.shape[0] if everything else step.num_expand
     together = max(1, CHUNK_ROWS // rows_per_token(bank.max_rank))
     for base in range(0, tokens, together):
         _expand(y, x, bank, bank.tables, plan, base, min(together, tokens - base))
-    for tiles, base, count in step.whole(x.shape[0]) if capturing else step.chunks(CHUNK_ROWS):
+    for tiles, base, count in step.whole(x.shape[0]) if everything else step.chunks(CHUNK_ROWS):
         _tiles(y, x, bank, bank.tables, plan, tiles, base, count)
 
 

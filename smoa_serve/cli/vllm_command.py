@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from ..formats import LoadOptions
+from ..settings import Settings
 from .adapter_limits import adapters_in, default_limits
 from .serve_settings import FlagValue, ServeSettings, flag_names
 
@@ -52,8 +53,8 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
     adapters = _adapters(settings)
     roots = _roots(settings, environment)
     defaults: dict[str, FlagValue] = {"enable-lora": True}
-    if torch.cuda.is_available():
-        # Deltas are not captured in CUDA graphs yet, and the engine refuses adapters where there are graphs.
+    if torch.cuda.is_available() and not Settings.from_environment(environment).cuda_graphs:
+        # The engine refuses adapters where there are graphs.
         defaults["enforce-eager"] = True
     if not given.issuperset(LIMITS):
         defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=settings.allow_pickle))

@@ -131,11 +131,24 @@ def slice_sizes(layer: BaseLinearLayerWithLoRA) -> tuple[int, ...]:
 
 
 def attach(
-    layer: BaseLinearLayerWithLoRA, module_name: str, plan: StepPlan, num_slots: int, dtype: torch.dtype
+    layer: BaseLinearLayerWithLoRA,
+    module_name: str,
+    plan: StepPlan,
+    num_slots: int,
+    dtype: torch.dtype,
+    captured: bool,
 ) -> None:
     """Turn a wrapped layer into one that adds SMoA deltas. The slots' memory is vLLM's own LoRA buffers.
 
     A slot holds either LoRA factors or SMoA factors; the two per-step maps never send a token to both.
+
+    Args:
+        layer: vLLM's wrapper; changed in place.
+        module_name: its name in the model.
+        plan: of the manager.
+        num_slots: slots of the server.
+        dtype: of the model.
+        captured: CUDA graphs will be captured.
     """
     sizes, columns = slice_sizes(layer), int(layer.lora_a_stacked[0].shape[-1])
     cls: type = type(layer)
@@ -149,6 +162,17 @@ def attach(
         weight_block=layer.smoa_weight.block,
         retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
     )
+    if layer.smoa_bank.implementation == "triton":
+        _prepare_gpu(layer.smoa_bank, plan, captured)
+
+
+def _prepare_gpu(bank: LayerBank, plan: StepPlan, captured: bool) -> None:
+    """Scratch memory and tables exist before vLLM measures what is left for the KV cache, and before any capture."""
+    from smoa_kernels.triton_ops import scratch_bytes, warm_up
+
+    plan.scratch(scratch_bytes(bank, plan.max_tokens))
+    if captured:
+        warm_up(bank, plan)
 
 
 def can_be_opaque(layer: Any) -> bool:

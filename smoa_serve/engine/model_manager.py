@@ -16,6 +16,7 @@ from smoa_serve.adapter import Adapter
 from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
 from smoa_serve.errors import AdapterError
+from smoa_serve.settings import Settings
 
 
 class SmoaModel(LoRAModel):
@@ -53,8 +54,12 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         self._content_version = 0
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
-        if self.device.type != "cpu" and not vllm_config.model_config.enforce_eager:
-            return "deltas do not run inside CUDA graphs yet; start the server with --enforce-eager"
+        self._captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
+        if self._captured and not Settings.from_environment().cuda_graphs:
+            return (
+                "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
+                "SMOA_CUDA_GRAPHS=1 to try them"
+            )
         if self.lora_config.fully_sharded_loras:
             return "--fully-sharded-loras cuts factors along the rank; start the server without it"
         if self.lora_config.lora_dtype not in (None, self._model_dtype):
@@ -71,7 +76,7 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         elif self.device.type == "cpu":
             self._register_cpu_module(module_name, module)
         if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
-            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype)
+            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self._captured)
             self._static_context[layers.layer_key(module_name)] = module
         super().register_module(module_name, module)
 
@@ -133,6 +138,8 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
             for slot, lora_id in enumerate(self.lora_index_to_id)
             if lora_id is not None and isinstance(self._registered_adapters.cache.get(lora_id), SmoaModel)
         }
+        for lora_id, slot in smoa_slots.items():
+            self.plan.describe(slot, self._registered_adapters.cache[lora_id].adapter.max_rank, resident=False)
         if mapping.type is LoRAMappingType.LANGUAGE:
             self.plan.update(_token_slots(mapping.index_mapping, smoa_slots))
         if smoa_slots:

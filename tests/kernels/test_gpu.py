@@ -27,7 +27,7 @@ def made(h_in, slices, dtype, generator, ranks) -> tuple[LayerBank, LayerBank]:
         h_in,
         slices,
         slots=SLOTS,
-        max_rank=max(max(ranks), 1),
+        max_rank=max(ranks),
         dtype=dtype,
         generator=generator,
         implementation="reference",
