@@ -406,6 +406,21 @@ def test_a_quantized_base_gives_no_order(small: Small) -> None:
     assert "the base is quantized" in small.reasons()[0]
 
 
+def test_quantized_weights_are_the_only_reason_given(small: Small, make_base: MakeBase) -> None:
+    stored = {
+        f"{name.removesuffix('weight')}qweight" if "_proj" in name else name: weight.int()
+        if "_proj" in name
+        else weight
+        for name, weight in small.weights.items()
+    }
+    small.base = BaseCheckpoint.open(make_base(stored, name="quantized"))
+    # A Trainer checkpoint has the weights it was trained on beside the factors; they do not help here.
+    small.tensors[f"{Q}.weight"] = small.weights[f"{Q}.weight"]
+    (reason,) = small.reasons()
+    assert "the order of a published SMoA adapter can only be derived from the weights it was trained on" in reason
+    assert "smoa-serve convert" in reason
+
+
 def test_an_unknown_peft_type_is_refused_by_name(small: Small) -> None:
     small.config["peft_type"] = "IA3"
     assert small.reasons() == ["peft_type is 'IA3'; served are HIRA, LORA, SMOA"]
