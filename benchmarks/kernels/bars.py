@@ -111,10 +111,8 @@ def _rank(point: Point, *allowed: tuple[int, int]) -> bool:
 
 
 def _belongs(point: Point, name: str, way: str) -> bool:
-    """Whether this is a point for that way: its floor is the lower one."""
-    floors = point.floors_s()
-    return (
-        point.case.workload == EQUAL
-        and name in point.times
-        and floors[way] <= min(floors["expand"], floors["modulate"])
-    )
+    """Whether this is a point for that way: it needs the fewer FLOPs."""
+    if point.case.workload != EQUAL or name not in point.times:
+        return False
+    works = point.works()
+    return works[way].flops <= min(works["expand"].flops, works["modulate"].flops)

@@ -149,7 +149,10 @@ def delta_calls(step: Step, implementations: tuple[str, ...]) -> dict[str, Call]
 
 def plain_calls(step: Step, implementation: str, ceilings: Ceilings) -> tuple[dict[str, Call], dict[str, str]]:
     """The plain ways and the loop over adapters, and why some of them are left out here."""
-    case, skipped = step.case, {}
+    case = step.case
+    skipped: dict[str, str] = {}
+    if not case.group_sizes():
+        return {}, skipped
     calls = {EXPAND: step.bmm_expand(), MODULATE: step.bmm_modulate()}
     for name, seconds in ((EXPAND, _expand_s(case, ceilings)), (MODULATE, _modulate_s(case, ceilings))):
         if seconds > LONGEST_PLAIN_S:

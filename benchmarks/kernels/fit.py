@@ -1,5 +1,6 @@
 """Cost constants from measured times: those that lose least against the faster way, over all points."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ class Sample:
 
 
 def regret(samples: Iterable[Sample], cost: CostModel) -> float:
-    """Mean share of time lost over all samples."""
-    return statistics.mean(sample.regret(cost) for sample in samples)
+    """Share of time lost over all samples: their geometric mean, so that no single point decides."""
+    return math.exp(statistics.mean(math.log1p(sample.regret(cost)) for sample in samples)) - 1.0
 
 
 def fit(samples: Sequence[Sample], start: CostModel) -> CostModel:
