@@ -105,7 +105,7 @@ def inspect_adapter(
     if base is not None:
         try:
             adapter = load_adapter(path, base, options, progress=progress)
-            match = "exact" if _is_exact(source, adapter) else "shapes"
+            match = "exact" if _is_exact(source, adapter, base) else "shapes"
             return _canonical(source, adapter, base_match=match, problems=[])
         except AdapterError as error:
             problems = error.reasons
@@ -121,7 +121,7 @@ class Verification:
 
     Attributes:
         layers: number of layers bound.
-        exact: whether the file holds fingerprints, so that it is known to be this very base.
+        exact: whether the file's fingerprints were found in the base, so that it is known to be this very base.
         order_error: worst expected relative error of a layer's update that comes from the order.
     """
 
@@ -146,12 +146,15 @@ def verify_adapter(
     if kind_of(source.name, source.config) is AdapterKind.LORA:
         return Verification(len(load_lora(source, base, options).factors()), exact=False, order_error=0.0)
     adapter = load_adapter(path, base, options, progress=progress)
-    return Verification(len(adapter.modules), _is_exact(source, adapter), adapter.order_error)
+    return Verification(len(adapter.modules), _is_exact(source, adapter, base), adapter.order_error)
 
 
-def _is_exact(source: Source, adapter: Adapter) -> bool:
-    """Fingerprints count when they came with the file; a published adapter gets them from the base at hand."""
-    return is_portable(source.config) and all(update.base for update in adapter.modules.values())
+def _is_exact(source: Source, adapter: Adapter, base: BaseCheckpoint) -> bool:
+    """Fingerprints count when they came with the file and met a weight: a published adapter gets them from the base at
+    hand, and a quantized weight has none."""
+    return is_portable(source.config) and all(
+        update.base and name not in base.quantized_modules for name, update in adapter.modules.items()
+    )
 
 
 def _canonical(source: Source, adapter: Adapter, *, base_match: str | None, problems: list[str]) -> AdapterReport:

@@ -58,6 +58,17 @@ def test_a_portable_adapter_is_matched_exactly(
     assert all("another base" in problem for problem in other.problems)
 
 
+def test_on_a_quantized_base_a_portable_adapter_is_matched_by_its_shapes(
+    published: Path, llama: BaseCheckpoint, make_base: MakeBase, tmp_path: Path
+) -> None:
+    folder = write_portable(load_adapter(published, llama), tmp_path / "portable")
+    stored = {f"{name}.weight": llama.weight(name).to(torch.int8) for name in llama.linear_modules}
+    quantized = BaseCheckpoint.open(make_base(stored))
+    assert inspect_adapter(folder, quantized).base_match == "shapes"
+    assert not verify_adapter(folder, quantized).exact
+    assert inspect_adapter(published, quantized).base_match == "no"
+
+
 def test_a_published_adapter_that_does_not_fit_is_reported_not_raised(published: Path, make_base: MakeBase) -> None:
     other = BaseCheckpoint.open(make_base({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}))
     report = inspect_adapter(published, other)

@@ -123,7 +123,8 @@ def verify(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{adapter}: fits {base}, {found.layers} layers", markup=False)
     if not found.exact:
-        console.print("names and shapes only: this file format does not record which weights it was trained on")
+        unknown = "this file format does not record which weights it was trained on"
+        console.print(f"names and shapes only: {'the base is quantized' if opened.quantized_modules else unknown}")
     _print_order_error(found.order_error)
 
 
