@@ -63,8 +63,8 @@ class LayerBank:
 
     Attributes:
         slices: H_out_i of each slice; h_out their sum; h_in, num_slots S, max_rank R.
-        slots: per slot, per slice what it holds, None where there is no update. One more at the end, see `merge`.
-        merged: the slot whose update the caller has folded into the base weight.
+        slots: per slot, per slice what it holds, None where there is no update. One more at the end, see `hold_merged`.
+        merged: whether it holds blocks of `W - W'` for a merged adapter.
         version: grows with every change of a slot.
         fp8: whether the blocks are kept in fp8.
         tables: what the GPU kernels read; None for the others.
@@ -94,7 +94,7 @@ class LayerBank:
             require_implementation(implementation, self.device, self.dtype)
         self.implementation = implementation or default_implementation(self.device, self.dtype)
         self._empty: tuple[SlotSlice | None, ...] = (None,) * len(self.slices)
-        self.merged: int | None = None
+        self.merged = False
         self.slots: list[tuple[SlotSlice | None, ...]] = [self._empty] * (self.num_slots + 1)
         self.version = 0
         self._weight_block = weight_block
@@ -117,10 +117,10 @@ class LayerBank:
             updates: one per slice; None = the adapter leaves that slice alone.
 
         Raises:
-            SlotError: no such slot, or it is merged.
+            SlotError: no such slot.
             ShapeError: an update does not fit the layer; lists every reason.
         """
-        self._check_free(slot)
+        self._check_slot(slot)
         reasons = update_reasons(updates, h_in=self.h_in, slices=self.slices, max_rank=self.max_rank)
         if reasons:
             raise ShapeError(f"the update of slot {slot}", reasons)
@@ -144,7 +144,7 @@ class LayerBank:
         Raises:
             SlotError: no such slot.
         """
-        self._check_free(slot)
+        self._check_slot(slot)
         self._release(self.slots[slot])
         self.slots[slot] = self._empty
         for storage in (*self.a, *self.b):
@@ -199,30 +199,35 @@ class LayerBank:
         """Bytes of a slot's blocks of dW."""
         return sum(entry.resident.nbytes for entry in self.slots[slot] if entry is not None and entry.resident)
 
-    def merge(self, slot: int) -> None:
-        """Declares that the caller's base weight now holds `W + dW` of this slot, in blocks of `merged_block`.
+    def hold_merged(self, slot: int) -> None:
+        """Prepares for the caller's base weight to hold `W' = W + dW` of a slot, in blocks of `merged_block`.
 
-        A plan that names the same slot as merged then gives its tokens nothing, and all others the difference back:
-        the last element of `slots` holds blocks of `W - W'`.
+        In a step whose plan says merged, the merged adapter's tokens then get nothing, and all others the difference
+        back: the last element of `slots` holds blocks of `W - W'`. They do not depend on the slot any more.
 
         Raises:
-            SlotError: no such slot, or another one is merged.
+            SlotError: no such slot, or another one is held.
         """
         self._check_slot(slot)
-        if self.merged is not None:
-            raise SlotError(f"slot {self.merged} is merged already; un-merge it before slot {slot} is merged.")
+        if self.merged:
+            raise SlotError(f"an adapter is merged already; un-merge it before slot {slot} is merged.")
         self.slots[-1] = tuple(
             None if entry is None or entry.idle
             else SlotSlice(entry.partition, 0, self._form(entry, partial(self._restoring, index, slot)))
             for index, entry in enumerate(self.slots[slot])
         )  # fmt: skip
-        self.merged = slot
+        self.merged = True
         self._changed()
 
-    def unmerge(self) -> None:
-        """Declares that the caller's base weight is the original again."""
-        self.slots[-1], self.merged = self._empty, None
+    def drop_merged(self) -> None:
+        """Gives back what `hold_merged` made; the caller's base weight is the original again."""
+        self.slots[-1], self.merged = self._empty, False
         self._changed()
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of the blocks of `hold_merged`."""
+        return self.resident_bytes(-1)
 
     def merged_block(self, index: int, slot: int, k: int) -> Tensor:
         """`W_k + dW_k` of a slot, added in fp32 and rounded once: [m_k, n_k] model dtype."""
@@ -304,11 +309,6 @@ class LayerBank:
         for cache, entry in zip(self._partitions, entries, strict=False):
             if entry is not None:
                 cache.release(entry.partition)
-
-    def _check_free(self, slot: int) -> None:
-        self._check_slot(slot)
-        if slot == self.merged:
-            raise SlotError(f"slot {slot} is merged into the base weight; un-merge it first.")
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:

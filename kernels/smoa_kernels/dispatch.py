@@ -35,8 +35,8 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
     """Adds the delta of each token's adapter to the output of a (possibly packed) linear layer.
 
     Semantics: `y[t, i] += scaling * sum_j W[i, j] [row_block[i] == col_block[j]] (B A)[i, j] x[t, j]` with the factors
-    and block ids of slot `token_to_slot[t]`, for each slice of the layer. Where the plan names a merged slot,
-    whose update the base weight and with it y contain already, its tokens get nothing and all others `W - W'` of it
+    and block ids of slot `token_to_slot[t]`, for each slice of the layer. Where the plan says merged, the
+    base weight and with it y contain an adapter's update already: its tokens get nothing and all others `W - W'` of it
     beside their own.
 
     Args:
@@ -48,7 +48,7 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
         implementation: "triton", "cpp", "torch" or "reference"; None = the one the bank was made for.
 
     Raises:
-        ShapeError: x or y does not fit the bank or the plan, or they name different slots as merged.
+        ShapeError: x or y does not fit the bank or the plan, or it says merged and the bank holds nothing merged.
         ImplementationError: the implementation that was asked for does not exist or cannot run here.
     """
     if implementation is not None:
@@ -67,7 +67,7 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
         or x.stride(1) != 1
         or y.stride(1) != 1
         or plan.num_slots != bank.num_slots
-        or plan.merged != bank.merged
+        or (plan.merged and not bank.merged)
     ):
         raise ShapeError("the input of the delta", _reasons(y, x, bank, plan))
     # A captured graph has to serve steps in which other tokens have adapters.
@@ -92,6 +92,6 @@ def _reasons(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> list[str]
             reasons.append(f"{name} has column stride {tensor.stride(1)}; allowed is 1 (rows may be apart).")
     if plan.num_slots != bank.num_slots:
         reasons.append(f"the plan has {plan.num_slots} slots and the bank has {bank.num_slots}; they must be equal.")
-    if plan.merged != bank.merged:
-        reasons.append(f"the plan has slot {plan.merged} as merged and the bank {bank.merged}; they must be equal.")
+    if plan.merged and not bank.merged:
+        reasons.append("the plan says that an adapter is merged and the bank holds none; call hold_merged first.")
     return reasons

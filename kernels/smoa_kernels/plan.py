@@ -61,9 +61,9 @@ class StepPlan:
         token_order: [max_tokens] int32 on the device, tokens with an adapter grouped by slot. Never reallocated.
         num_tokens: length of the current batch.
         groups: the slots present, by first token.
-        merged: the slot that is folded into the base weight; its tokens need no delta and are in no group.
-        compensation: beside a merged slot, the plan that gives all other tokens slot `num_slots` (see
-            `LayerBank.merge`); None without one.
+        merged: whether the base weight holds an adapter's update; its tokens need no delta and are in no group.
+        compensation: then the plan that gives all other tokens slot `num_slots` (see `LayerBank.hold_merged`); else
+            None.
         ranks: [S] highest live rank that any layer has of each slot, and residents: whether it has resident blocks.
             Only the GPU kernels' choice of ways goes by them; see `describe`.
         cost: their cost model.
@@ -79,8 +79,9 @@ class StepPlan:
         self.num_tokens = 0
         self.groups: tuple[TokenGroup, ...] = ()
         self.order: NDArray[np.int64] = np.empty(0, np.int64)
-        self.merged: int | None = None
+        self.merged = False
         self.compensation: StepPlan | None = None
+        self._others: StepPlan | None = None
         self.ranks = [DEFAULT_RANK] * num_slots
         self.residents = [False] * num_slots
         self.cost = TRITON_COST
@@ -95,12 +96,13 @@ class StepPlan:
         """Whether any token has an adapter."""
         return bool(self.groups)
 
-    def update(self, token_to_slot: Sequence[int] | NDArray[np.integer[Any]], merged: int | None = None) -> None:
+    def update(self, token_to_slot: Sequence[int] | NDArray[np.integer[Any]], merged: bool = False) -> None:
         """Takes the map of the next step.
 
         Args:
-            token_to_slot: slot of each token, -1 for no adapter; at most max_tokens long.
-            merged: the slot that every layer's bank has merged, None for none.
+            token_to_slot: slot of each token, -1 for no adapter; at most max_tokens long. Where something is merged,
+                `num_slots` stands for its own tokens.
+            merged: whether the base weights hold the update of the adapter that every layer's bank holds as merged.
 
         Raises:
             PlanError: the batch is too long, not one-dimensional, or names a slot that does not exist.
@@ -111,17 +113,14 @@ class StepPlan:
                 f"token_to_slot has shape {slots.shape}; a plan for max_tokens={self.max_tokens} takes one dimension "
                 "of at most that length. Make the plan with the engine's largest batch."
             )
-        if slots.size and (slots.min() < -1 or slots.max() >= self.num_slots):
+        last = self.num_slots if merged else self.num_slots - 1
+        if slots.size and (slots.min() < -1 or slots.max() > last):
             raise PlanError(
-                f"token_to_slot holds slots from {slots.min()} to {slots.max()}; allowed are -1 (no adapter) to "
-                f"{self.num_slots - 1}."
+                f"token_to_slot holds slots from {slots.min()} to {slots.max()}; allowed are -1 (no adapter) to {last}."
             )
-        if merged is not None and not 0 <= merged < self.num_slots:
-            raise PlanError(f"slot {merged} cannot be merged; allowed are 0 to {self.num_slots - 1}, or None.")
         self._compensate(slots, merged)
         self.merged = merged
-        if merged is not None:
-            slots = np.where(slots == merged, -1, slots)
+        slots = np.where(slots == self.num_slots, -1, slots)
         # Decoding sends the same map step after step: what was derived from it stays good.
         if self.version and np.array_equal(slots, self._slots):
             return
@@ -159,14 +158,15 @@ class StepPlan:
         if self._tables is not None:
             self._tables.write(self.groups, self.order, self.ranks, self.residents, self.cost)
 
-    def _compensate(self, slots: NDArray[np.int64], merged: int | None) -> None:
-        if merged is None:
+    def _compensate(self, slots: NDArray[np.int64], merged: bool) -> None:
+        if not merged:
             self.compensation = None
             return
-        if self.compensation is None:
-            self.compensation = StepPlan(self.max_tokens, self.num_slots + 1, self.device)
-            self.compensation.describe(self.num_slots, 0, resident=True)
-        self.compensation.update(np.where(slots == merged, -1, self.num_slots))
+        if self._others is None:
+            self._others = StepPlan(self.max_tokens, self.num_slots + 1, self.device)
+            self._others.describe(self.num_slots, 0, resident=True)
+        self._others.update(np.where(slots == self.num_slots, -1, self.num_slots))
+        self.compensation = self._others
 
     def _group(self, slots: NDArray[np.int64]) -> None:
         # By first token, not by slot number: consecutive requests then stay consecutive and need no gather.

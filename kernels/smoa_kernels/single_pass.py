@@ -139,8 +139,8 @@ def _check(x: Tensor, layer: SortedLayer, bank: LayerBank, plan: StepPlan) -> No
         reasons.append(
             f"x is {tuple(x.shape)}; allowed is [{plan.num_tokens}, {bank.h_in}], at most {MAX_TOKENS} tokens."
         )
-    if plan.merged is not None:
-        reasons.append("a slot is merged; un-merge it first.")
+    if plan.merged:
+        reasons.append("an adapter is merged; un-merge it first.")
     for group in plan.groups:
         for index, entry in enumerate(bank.slots[group.slot]):
             if entry is not None and not entry.idle and entry.partition is not layer.partitions[index]:

@@ -19,7 +19,9 @@ Member = tuple[TokenGroup, int]  # an adapter's tokens and its live rank
 def smoa_delta_torch(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel = TORCH_COST) -> None:
     """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; `cost` chooses the way of each adapter group."""
     ways = bank.memo(
-        ("torch", cost), plan.version, lambda: [_choose_ways(bank, plan, i, cost) for i in range(len(bank.slices))]
+        ("torch", cost, plan.num_slots),
+        plan.version,
+        lambda: [_choose_ways(bank, plan, i, cost) for i in range(len(bank.slices))],
     )
     offset = 0
     for index, (h_out, chosen) in enumerate(zip(bank.slices, ways, strict=True)):

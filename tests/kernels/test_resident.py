@@ -29,7 +29,7 @@ def made(implementation: str, dtype: torch.dtype, generator: torch.Generator) ->
     return layer, updates
 
 
-def run(layer: Layer, slots: list[int], generator: torch.Generator, merged: int | None = None):
+def run(layer: Layer, slots: list[int], generator: torch.Generator, merged: bool = False):
     """(x, y before, y after) of one call."""
     plan = StepPlan(len(slots), layer.bank.num_slots, "cpu")
     plan.update(slots, merged)
@@ -111,7 +111,7 @@ def test_what_resident_slots_hold_is_counted_and_given_back(implementation, dtyp
 def merge(layer: Layer, slot: int, updates: list) -> torch.Tensor:
     """Merges a slot: the packed base weight with the update in it, as the caller keeps it."""
     bank: LayerBank = layer.bank
-    bank.merge(slot)
+    bank.hold_merged(slot)
     weights = [weight.clone() for weight in layer.weights]
     for index, entry in enumerate(bank.slots[slot]):
         if entry is not None:
@@ -131,7 +131,7 @@ def test_beside_a_merged_slot_every_token_gets_its_own_output(implementation, dt
     weight = merge(layer, merged, updates[merged])
     slots = [0, -1, 1, 1, 2, 0, -1, 0, 0, 0, 0, 0]
     plan = StepPlan(len(slots), 4, "cpu")
-    plan.update(slots, merged)
+    plan.update([4 if slot == merged else slot for slot in slots], merged=True)
     x = torch.randn(len(slots), 50, generator=generator).to(dtype)
     y = (x.float() @ weight.float().T).to(dtype)
     own = [t for t, slot in enumerate(slots) if slot == merged]
@@ -144,36 +144,63 @@ def test_beside_a_merged_slot_every_token_gets_its_own_output(implementation, dt
 
 
 @every_implementation
+def test_the_slot_of_a_merged_adapter_may_be_reused(implementation, dtype, generator):
+    layer, updates = made(implementation, dtype, generator)
+    weight = merge(layer, 0, updates[0])
+    layer.bank.clear(0)
+    layer.bank.set(0, updates[1])
+    plan = StepPlan(3, 4, "cpu")
+    plan.update([4, -1, 0], merged=True)
+    x = torch.randn(3, 50, generator=generator).to(dtype)
+    y = (x.float() @ weight.float().T).to(dtype)
+    smoa_delta(y, x, layer.bank, plan)
+    base = torch.cat(layer.weights).float()
+    for t, update in enumerate((dense(layer, updates[0]), 0.0, dense(layer, updates[1]))):
+        assert_close(y[t], x[t].float() @ (base + update).T)
+
+
+@every_implementation
 def test_after_unmerging_nothing_is_taken_off(implementation, dtype, generator):
     layer, updates = made(implementation, dtype, generator)
     merge(layer, 0, updates[0])
-    layer.bank.unmerge()
+    assert layer.bank.merged_bytes > 0
+    layer.bank.drop_merged()
+    assert layer.bank.merged_bytes == 0
     _, before, y = run(layer, [-1, -1], generator)
     assert torch.equal(y, before)
 
 
-def test_plan_and_bank_have_to_name_the_same_slot(generator):
+@every_implementation
+def test_a_step_may_run_on_the_original_weight_while_merged_blocks_are_held(implementation, dtype, generator):
+    layer, updates = made(implementation, dtype, generator)
+    layer.bank.hold_merged(0)
+    x, before, y = run(layer, [0, -1], generator)
+    assert_close(y[0], before[0].float() + x[0].float() @ dense(layer, updates[0]).T)
+    assert torch.equal(y[1], before[1])
+
+
+def test_a_merged_plan_needs_a_bank_that_holds_the_difference(generator):
     layer, _ = made("torch", torch.float32, generator)
-    layer.bank.merge(0)
-    with pytest.raises(ShapeError, match=r"the plan has slot None as merged and the bank 0"):
-        run(layer, [0], generator)
-    with pytest.raises(ShapeError, match=r"the plan has slot 1 as merged and the bank 0"):
-        run(layer, [0], generator, merged=1)
+    with pytest.raises(ShapeError, match=r"the plan says that an adapter is merged and the bank holds none"):
+        run(layer, [0], generator, merged=True)
 
 
-def test_a_merged_slot_is_neither_changed_nor_merged_twice(generator):
-    layer, updates = made("torch", torch.float32, generator)
-    layer.bank.merge(0)
-    with pytest.raises(SlotError, match=r"slot 0 is merged into the base weight; un-merge it first"):
-        layer.bank.set(0, updates[1])
-    with pytest.raises(SlotError, match=r"slot 0 is merged already; un-merge it before slot 1 is merged"):
-        layer.bank.merge(1)
-    layer.bank.unmerge()
-    layer.bank.set(0, updates[1])
+def test_one_adapter_is_merged_at_a_time(generator):
+    layer, _ = made("torch", torch.float32, generator)
+    layer.bank.hold_merged(0)
+    with pytest.raises(SlotError, match=r"an adapter is merged already; un-merge it before slot 1 is merged"):
+        layer.bank.hold_merged(1)
+    with pytest.raises(SlotError, match=r"slot 4"):
+        layer.bank.hold_merged(4)
 
 
-def test_a_plan_refuses_to_merge_a_slot_that_does_not_exist():
+def test_the_number_of_a_merged_adapter_is_a_slot_only_when_merged():
     plan = StepPlan(4, 2, "cpu")
-    for slot in (-1, 2):
-        with pytest.raises(PlanError, match=rf"slot {slot} cannot be merged; allowed are 0 to 1, or None"):
-            plan.update([0], merged=slot)
+    plan.update([2, -1, 1], merged=True)
+    assert plan.groups[0].slot == 1
+    assert plan.compensation is not None
+    assert [group.count for group in plan.compensation.groups] == [2]
+    with pytest.raises(PlanError, match=r"allowed are -1 \(no adapter\) to 1"):
+        plan.update([2, -1, 1])
+    plan.update([-1, 1])
+    assert plan.compensation is None
