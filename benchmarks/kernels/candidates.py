@@ -62,7 +62,7 @@ class Step:
             cost: chooses the way on a GPU, where the plan does it; None = as measured or by default.
         """
         plan = StepPlan(self.case.tokens, len(self.layers.updates), self.layers.device)
-        if self.layers.device.type == "cuda":
+        if "triton" in self.layers.copies[0].banks:
             plan.cost = cost or cost_model("triton", self.layers.device, self.layers.dtype)
             for slot, updates in enumerate(self.layers.updates):
                 plan.describe(slot, updates[0].a.shape[0], self.residents)
@@ -86,6 +86,23 @@ class Step:
         if cost is not None and implementation != "triton":
             run = partial({"torch": smoa_delta_torch, "cpp": smoa_delta_cpp}[implementation], cost=cost)
         return lambda i: run(self.y, self.x, banks[i], plan)
+
+    def single_pass(self) -> Call | None:
+        """Base and delta from one read of a sorted copy of the weight: the whole output; None where it cannot serve."""
+        copies = self.layers.copies
+        if "triton" not in copies[0].banks:
+            return None
+        from smoa_kernels.single_pass import MAX_TOKENS, SortedLayer, smoa_linear
+
+        banks, plan = [copy.banks["triton"] for copy in copies], self.plan()
+        if not 0 < self.case.adapters <= self.case.tokens <= MAX_TOKENS or banks[0].max_rank > MAX_TOKENS:
+            return None
+        slices = list(self.case.layer.slices)
+        sorted_layers = [
+            SortedLayer(list(torch.split(copy.weight, slices)), bank, 0)
+            for copy, bank in zip(copies, banks, strict=True)
+        ]
+        return lambda i: smoa_linear(self.x, sorted_layers[i], banks[i], plan)
 
     def loop(self, implementation: str) -> Call:
         """`smoa_delta` once per adapter."""
@@ -194,6 +211,19 @@ def gate(step: Step, calls: dict[str, Call]) -> None:
         except AssertionError as error:
             raise AssertionError(f"{name} computes another delta for {step.case.row()}: {error}") from error
         first = step.y.clone() if first is None else first
+
+
+def gate_single_pass(step: Step, single_pass: Call, delta: Call) -> None:
+    """The single pass against the base product and a delta that has passed its own gate.
+
+    Raises:
+        AssertionError: it computes something else.
+    """
+    step.y.copy_(F.linear(step.x, step.layers.copies[0].weight))
+    delta(0)
+    found = single_pass(0)
+    assert isinstance(found, Tensor)
+    assert_close(found, step.y)
 
 
 def _expand_s(case: Case, ceilings: Ceilings) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.pictures import draw_ratios, draw_roofline
+from benchmarks.kernels.predictions import prediction_table
 from benchmarks.publish import ROOT, replace_section, setup_line, table
 
 Row = dict[str, Any]
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     draw_ratios(points, options.root / "docs" / "kernels-ratio.png")
     draw_roofline(points, options.root / "docs" / "kernels-roofline.png")
     replace_section(options.root / "docs" / "performance.md", "kernels", section(rows))
+    replace_section(options.root / "docs" / "performance.md", "kernels-gpu", prediction_table())
     return 0
 
 

@@ -12,12 +12,12 @@ from smoa_kernels.testing import assert_close
 from benchmarks.bars import Bar
 from benchmarks.kernels import lora
 from benchmarks.kernels.bars import bars
-from benchmarks.kernels.candidates import Step, delta_calls, gate, plain_calls
+from benchmarks.kernels.candidates import Step, delta_calls, gate, gate_single_pass, plain_calls
 from benchmarks.kernels.cases import EQUAL, Case, Grid, LayerShape, grid
 from benchmarks.kernels.ceilings import measure_ceilings
 from benchmarks.kernels.floor import Ceilings
 from benchmarks.kernels.layers import LayerSet, build_layers
-from benchmarks.kernels.point import BASE, DENSE, Point
+from benchmarks.kernels.point import BASE, DENSE, SINGLE_PASS, Point
 from benchmarks.kernels.timing import Budget, Call, measure
 
 DTYPE = torch.bfloat16
@@ -91,6 +91,10 @@ class _Session:
         slow = {DENSE: step.dense()} if _dense_belongs(case) else {}
         gate(step, own | others | slow)
         calls = {BASE: step.base(), **own, **others, **self._lora(step, factors, skipped)}
+        single_pass = step.single_pass()
+        if single_pass is not None:
+            gate_single_pass(step, single_pass, own["triton"])
+            calls[SINGLE_PASS] = single_pass
         times = measure(calls, len(layers.copies), layers.device, self._budget)
         if slow:
             partner = self._implementations[0]
