@@ -17,8 +17,11 @@ inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int
                           const E* ahead, Floats (&acc)[P][R]) {
   using S = Scheme<E>;
   constexpr int kStep = S::kGroup * kLanes;
+  Floats sum[P][R];  // of its own: in `acc` the compiler would store every step's sums
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
-    for (int r = 0; r < R; ++r) acc[p][r] = zeros();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[p][r] = zeros();
   const Row* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows + r * row_stride;
   for (int64_t j = 0; j < groups; ++j) {
@@ -31,12 +34,16 @@ inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int
       for (int r = 0; r < R; ++r) {
         const auto other = S::template broadcast_row<index>(row[r] + S::kGroup * j);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) acc[p][r] = S::multiply_add(acc[p][r], weight[p], other);
+        for (int p = 0; p < P; ++p) sum[p][r] = S::multiply_add(sum[p][r], weight[p], other);
       }
     };
     part(std::integral_constant<int, 0>{});
     if constexpr (S::kParts == 2) part(std::integral_constant<int, 1>{});
   }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[p][r] = sum[p][r];
 }
 
 // out = W * (B A) for P panels and C columns, a multiple of kGroup; see modulate_panels.
@@ -45,7 +52,9 @@ inline void modulate_columns(const E* w, int64_t panel_stride, const typename Sc
                              const typename Scheme<E>::Operand* b, int64_t steps, typename Scheme<E>::Formed* out) {
   using S = Scheme<E>;
   Floats sums[P][C];
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sums[p][c] = zeros();
   for (int64_t q = 0; q < steps; ++q) {
 #pragma GCC unroll 8
