@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done; true)
 VENV ?= .venv
 MATRIX_VERSION ?= 0.28
+MATRIX_PEFT ?= 0.19
 MATRIX_VENV ?= .venv-$(MATRIX_VERSION)
 PY := $(VENV)/bin/python
 ARGS ?=
@@ -32,8 +33,8 @@ serve: setup ## the demo's server, left running until Ctrl-C
 test: setup ## all tests
 	@$(PY) -m pytest $(ARGS)
 
-test-matrix: ## the engine's tests on the other supported vLLM release
-	@SMOA_VLLM_VERSION=$(MATRIX_VERSION) $(or $(PYTHON),python3) scripts/setup_env.py --venv $(MATRIX_VENV)
+test-matrix: ## the tests of the engine and of the PEFT method on the other supported releases of vLLM and PEFT
+	@SMOA_VLLM_VERSION=$(MATRIX_VERSION) SMOA_PEFT_VERSION=$(MATRIX_PEFT) $(or $(PYTHON),python3) scripts/setup_env.py --venv $(MATRIX_VENV)
 	@$(MATRIX_VENV)/bin/python -m pytest -m matrix $(ARGS)
 
 check: setup ## ruff and mypy

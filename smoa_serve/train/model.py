@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+import peft
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from ..base_checkpoint import BaseCheckpoint
 from ..errors import ConfigError
@@ -78,7 +79,11 @@ def load_model(config: TrainConfig, base: BaseCheckpoint, checkpoint: Path | Non
 
 
 def peft_config(config: TrainConfig, base: BaseCheckpoint) -> PeftConfig:
-    """The method's settings as PEFT wants them."""
+    """The method's settings as PEFT wants them.
+
+    Raises:
+        ConfigError: this PEFT does not know the method.
+    """
     settings = config.adapter
     match settings:
         case SmoaSettings():
@@ -91,8 +96,11 @@ def peft_config(config: TrainConfig, base: BaseCheckpoint) -> PeftConfig:
                 **_shared(settings),
             )
         case HiraSettings():
-            transposed = _is_transposed(base)
-            return HiraConfig(hira_dropout=settings.dropout, fan_in_fan_out=transposed, **_shared(settings))
+            if not hasattr(peft, "HiraConfig"):
+                raise ConfigError(f"HiRA came with PEFT 0.20, this is {peft.__version__}; install a newer one")
+            return peft.HiraConfig(
+                hira_dropout=settings.dropout, fan_in_fan_out=_is_transposed(base), **_shared(settings)
+            )
         case LoraSettings():
             return LoraConfig(
                 lora_alpha=settings.alpha,

@@ -5,6 +5,7 @@ import torch
 
 from smoa_serve.adapter import ModuleUpdate
 
+pytestmark = pytest.mark.matrix
 CASES = [
     pytest.param((7, 5), (2, 1), id="two-blocks"),
     pytest.param((5, 8), (3,), id="one-block"),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from smoa_serve.peft import SMoALinear
 
+pytestmark = pytest.mark.matrix
+
 
 def _base(tensors: dict[str, Tensor], transposed: bool) -> nn.Module:
     from transformers.pytorch_utils import Conv1D

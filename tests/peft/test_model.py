@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore::UserWarning")]
 IDS = torch.tensor([[1, 5, 9, 13, 2, 7], [3, 3, 8, 20, 21, 4]])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -3,6 +3,10 @@
 import copy
 import pickle
 
+import pytest
+
+pytestmark = pytest.mark.matrix
+
 
 def test_the_enumeration_member_behaves_like_the_others() -> None:
     from peft import PeftType

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 from smoa_serve.peft import SMoAConfig, SMoALinear, start
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:

@@ -12,6 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("peft")
+import peft
+
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.errors import BaseModelError, ConfigError
 from smoa_serve.formats import load_adapter
@@ -19,16 +21,17 @@ from smoa_serve.train import run, train
 from smoa_serve.train.progress import DivergedError
 from smoa_serve.train.report import adapter_digest
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore::UserWarning")]
 QUIET = Console(quiet=True)
 METHODS = {
     "smoa": {"method": "smoa", "r": 6, "num_blocks": 3, "alpha": 12},
     "hira": {"method": "hira", "r": 4},
     "lora": {"method": "lora", "r": 4, "alpha": 8},
 }
+AVAILABLE = [method for method in METHODS if method != "hira" or hasattr(peft, "HiraConfig")]  # PEFT 0.19 has none
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", AVAILABLE)
 def test_every_method_writes_an_adapter_and_a_report(
     make_config: Callable[..., Any], tiny_base: Path, tmp_path: Path, method: str
 ) -> None:
@@ -59,7 +62,7 @@ def test_a_second_run_is_the_same_to_the_bit_and_another_seed_is_not(make_config
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", AVAILABLE)
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -171,6 +174,15 @@ def test_targets_that_are_not_there_are_named_with_those_that_are(make_config: C
         train(make_config(adapter={"target_modules": "(q"}), QUIET)
     with pytest.raises(ConfigError, match="leave no layer to train"):
         train(make_config(adapter={"layers_to_transform": [9]}), QUIET)
+
+
+def test_a_method_that_this_peft_does_not_know_is_named(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(peft, "HiraConfig", raising=False)
+    config = make_config().model_copy(update={"adapter": _settings("hira")})
+    with pytest.raises(ConfigError, match=r"HiRA came with PEFT 0\.20, this is"):
+        train(config, QUIET)
 
 
 def test_a_missing_base_is_named(make_config: Callable[..., Any]) -> None:
