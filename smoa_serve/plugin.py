@@ -41,7 +41,8 @@ def _enter_worker_manager(module: ModuleType) -> None:
 def _enter_worker(module: ModuleType) -> None:
     from smoa_serve.engine import rpc
 
-    module.WorkerBase.smoa_status = rpc.smoa_status
+    for method in (rpc.smoa_status, rpc.smoa_stage, rpc.smoa_merge, rpc.smoa_demote):
+        setattr(module.WorkerBase, method.__name__, method)
 
 
 def _enter_cpu_platform(module: ModuleType) -> None:

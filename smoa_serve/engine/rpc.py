@@ -1,8 +1,10 @@
 """Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`."""
 
+from time import monotonic
 from typing import Any
 
 from smoa_serve import __version__
+from smoa_serve.merge_policy import MergePolicy
 
 
 def smoa_status(worker: Any) -> dict[str, Any]:
@@ -10,7 +12,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
 
     Returns:
         version of smoa-serve; lora: whether adapters are enabled; refusal: why SMoA is not served, or None;
-        residence: str(lora_int_id) -> "slot" or "host"; layers: how many layers take SMoA; partition_bytes: device
+        residence: str(lora_int_id) -> "merged", "resident", "slot" or "host"; resident_bytes: what the first two take;
+        layers: how many layers take SMoA; partition_bytes: device
         bytes of the weight blocks and orders kept for their partitions.
     """
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
@@ -28,6 +31,67 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     return status | {
         "refusal": manager.smoa_refusal,
         "residence": {str(lora_id): where for lora_id, where in manager.residence().items()},
+        "resident_bytes": {str(lora_id): size for lora_id, size in manager.resident_bytes().items()},
         "layers": len(smoa_layers),
         "partition_bytes": sum(layer.smoa_bank.partition_bytes for layer in smoa_layers),
     }
+
+
+def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> dict[str, Any]:
+    """Work for about `budget_s` towards an adapter being merged or resident. Called again and again between steps, so
+    that no running request waits for longer.
+
+    Args:
+        worker: vLLM's.
+        lora_int_id: of the adapter.
+        target: "merged" or "resident".
+        budget_s: seconds.
+
+    Returns:
+        ready, finished and layers (of `layers`); when a merge is ready: lost, layer -> share of the update that
+        rounding removes.
+    """
+    manager = _manager(worker)
+    if target == "merged":
+        manager.begin_merge(lora_int_id)
+        report: dict[str, Any] = manager.merger.work(budget_s)
+        return report
+    return _stage_resident(worker, manager, lora_int_id, budget_s)
+
+
+def _stage_resident(worker: Any, manager: Any, lora_int_id: int, budget_s: float) -> dict[str, Any]:
+    deadline, layers = monotonic() + budget_s, len(manager.merger.layers)
+    state: tuple[int | None, Any, int] = getattr(worker, "_smoa_resident_work", (None, None, 0))
+    lora_id, work, finished = state
+    if lora_id != lora_int_id:
+        work, finished = manager.make_resident(lora_int_id), 0
+    ready = False
+    while not ready and monotonic() < deadline:
+        ready = next(work, "end") == "end"
+        finished += not ready
+    worker._smoa_resident_work = (None, None, 0) if ready else (lora_int_id, work, finished)
+    return {"ready": ready, "finished": finished, "layers": layers, "lost": {}}
+
+
+def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:
+    """Let the staged adapter be merged from the next step on; the work is done, this switches.
+
+    Returns:
+        bytes: held for it on this worker.
+    """
+    manager = _manager(worker)
+    manager.commit_merge(MergePolicy(policy))
+    return {"bytes": manager.merger.nbytes}
+
+
+def smoa_demote(worker: Any, lora_int_id: int) -> None:
+    """Back to the slot: un-merge (bit for bit, checked) or give resident blocks back; nothing if it is there."""
+    manager = _manager(worker)
+    worker._smoa_resident_work = (None, None, 0)
+    if manager.merger.lora_id == lora_int_id:
+        manager.end_merge()
+    manager.drop_resident(lora_int_id)
+
+
+def _manager(worker: Any) -> Any:
+    return worker.model_runner.lora_manager._adapter_manager

@@ -1,0 +1,175 @@
+"""Exchanging a served base weight for a merged one and back, between engine steps and in place."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from smoa_kernels import LayerBank
+from torch import Tensor
+
+from smoa_serve.engine.weights import ServedWeight
+
+PROBES = 8  # vectors whose products stand for a packed weight
+
+
+class WeightExchange(ABC):
+    """One layer's weight: original or merged. The address that the model reads stays, whichever it holds.
+
+    Attributes:
+        nbytes: held beside the original while a merged weight is staged.
+    """
+
+    nbytes: int = 0
+
+    @abstractmethod
+    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
+        """Prepares `W + dW` of a slot, in pieces of work of a few milliseconds; the served weight is only read."""
+
+    @abstractmethod
+    def switch(self) -> None:
+        """Original to merged, or back: what a step waits for."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Gives the staged weight back; the original has to be served."""
+
+    @abstractmethod
+    def checksum(self) -> bytes:
+        """Of the weight as it is served now."""
+
+
+class HandlerExchange(WeightExchange):
+    """vLLM's oneDNN layers keep a weight packed behind a handler, whose address stands in a tensor that every call
+    reads, compiled or not. A second handler holds the merged weight; the two addresses change places. The packed
+    original is never written, so un-merging is exact, and a switch copies eight bytes.
+
+    Args:
+        layer: vLLM's linear layer.
+        handler: its `CPUDNNLGEMMHandler`.
+        weight: reads the served weight.
+    """
+
+    def __init__(self, layer: Any, handler: Any, weight: ServedWeight) -> None:
+        self._layer, self._handler, self._weight = layer, handler, weight
+        self._other: Any = None
+
+    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
+        """See the base class. Holds another weight of the layer's full size."""
+        from vllm import _custom_ops as ops
+
+        yield from self._weight.recover()
+        merged = self._weight.whole().clone()
+        yield
+        offset = 0
+        for index, h_out in enumerate(bank.slices):
+            for rows, cols, k in blocks_of(bank, index, slot):
+                merged[offset + rows[:, None], cols] = bank.merged_block(index, slot, k)
+                yield
+            offset += h_out
+        self._weight.close()
+        self._other = ops.create_onednn_mm(merged.t(), 32)
+        self.nbytes = merged.nbytes
+
+    def switch(self) -> None:
+        """See the base class. The addresses are swapped, not copied: each object frees the one it holds in the end."""
+        ours, theirs = self._handler.handler_tensor, self._other.handler_tensor
+        served = ours.item()
+        ours.copy_(theirs)
+        theirs.fill_(served)
+
+    def drop(self) -> None:
+        """See the base class."""
+        self._other, self.nbytes = None, 0
+
+    def checksum(self) -> bytes:
+        """Of the products with fixed vectors: a packed weight cannot be read, and this needs no copy of it."""
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(PROBES, self._weight.columns, generator=generator).to(self._weight.dtype)
+        return _digest(self._layer.quant_method.apply(self._layer, probes, None))
+
+
+class PlainExchange(WeightExchange):
+    """A weight that stands in memory as it is: the diagonal blocks are written in place, and come back from the bank's
+    own pristine blocks.
+
+    Args:
+        weight: [H_out, H_in] of the packed layer; written in place.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._served = weight
+        self._blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._merged = False
+
+    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
+        """See the base class. Holds the merged blocks and a copy of those they replace."""
+        blocks, offset = [], 0
+        for index, h_out in enumerate(bank.slices):
+            for rows, cols, k in blocks_of(bank, index, slot):
+                place = offset + rows
+                blocks.append((place, cols, self._served[place[:, None], cols], bank.merged_block(index, slot, k)))
+                yield
+            offset += h_out
+        self._blocks = blocks
+        self.nbytes = sum(old.nbytes + new.nbytes for *_, old, new in blocks)
+
+    def switch(self) -> None:
+        """See the base class."""
+        for rows, cols, old, new in self._blocks:
+            self._served[rows[:, None], cols] = old if self._merged else new
+        self._merged = not self._merged
+
+    def drop(self) -> None:
+        """See the base class."""
+        assert not self._merged
+        self._blocks, self.nbytes = [], 0
+
+    def checksum(self) -> bytes:
+        """Of every bit of the weight."""
+        return _digest(self._served)
+
+
+def blocks_of(bank: LayerBank, index: int, slot: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(native rows, native columns, k) of each block of a slot's update of one slice."""
+    entry = bank.slots[slot][index]
+    if entry is None or entry.idle:
+        return
+    partition = entry.partition
+    for k, block in enumerate(partition.blocks):
+        yield (
+            partition.row_order[block.row_start : block.row_end],
+            partition.col_order[block.col_start : block.col_end],
+            k,
+        )
+
+
+def exchange_of(layer: Any, weight: ServedWeight) -> WeightExchange | str:
+    """How a layer's weight can be exchanged, or why it cannot.
+
+    Args:
+        layer: vLLM's linear layer.
+        weight: reads its weight.
+    """
+    refusal = weight.merge_refusal()
+    if refusal is not None:
+        return refusal
+    cells = getattr(getattr(layer, "cpu_linear", None), "__closure__", None) or ()
+    handlers = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "handler_tensor")]
+    if len(handlers) == 1:
+        return HandlerExchange(layer, handlers[0], weight)
+    plain = weight.plain()
+    if plain is not None and not cells:
+        return PlainExchange(plain)
+    return "its weight is packed in a form that cannot be exchanged; keep the adapter resident instead"
+
+
+def _digest(tensor: Tensor) -> bytes:
+    if tensor.device.type == "cpu":
+        flat = tensor.detach().contiguous().view(torch.uint8)
+        return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
+    # On the device, where the copy would cost more than the sum: position-weighted sums of the bits, exact in int64.
+    bits = tensor.detach().contiguous().view(torch.int16).flatten().long()
+    place = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+    return b"".join(int(total).to_bytes(8, "little", signed=True) for total in (bits.sum(), (bits * place).sum()))

@@ -1,0 +1,223 @@
+"""One adapter folded into the base weights of a worker: staged in pieces between steps, switched in place."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+
+from smoa_serve.engine.exchange import WeightExchange, blocks_of, exchange_of
+from smoa_serve.engine.layers import SmoaLinearMixin
+from smoa_serve.errors import AdapterError, SmoaError
+from smoa_serve.merge_policy import MergePolicy
+
+logger = logging.getLogger(__name__)
+
+
+class WeightChecksumError(SmoaError):
+    """A base weight is not what it was when the server started: nothing may be served from it."""
+
+
+@dataclass
+class Lost:
+    """What rounding to the weight's dtype removes of an update.
+
+    Attributes:
+        removed_square: squared norm of what is removed; update_square: of the update.
+    """
+
+    removed_square: float = 0.0
+    update_square: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Norm of what is removed over the norm of the update."""
+        return (self.removed_square / self.update_square) ** 0.5 if self.update_square else 0.0
+
+
+@dataclass
+class _Staged:
+    """An adapter on its way into the weights.
+
+    Attributes:
+        lora_id: vLLM's number of it; slot: where its factors are.
+        work: what is left to do; ready: nothing is.
+        finished: layers done; layers: how many there are.
+        lost: per layer.
+    """
+
+    lora_id: int
+    slot: int
+    work: Iterator[None]
+    layers: int
+    finished: int = 0
+    ready: bool = False
+    lost: dict[str, Lost] = field(default_factory=dict)
+
+
+class Merger:
+    """The merged state of one worker.
+
+    Args:
+        layers: module name -> layer that takes SMoA deltas.
+
+    Attributes:
+        layers: as given.
+        merged: whether switching is possible; active: whether the weights hold the update now.
+        policy: of the merged adapter.
+    """
+
+    def __init__(self, layers: dict[str, SmoaLinearMixin]) -> None:
+        self.layers = layers
+        self._exchanges: dict[str, WeightExchange] = {}
+        self._checksums: dict[str, bytes] = {}
+        self._staged: _Staged | None = None
+        self.merged = self.active = False
+        self.policy = MergePolicy.COMPENSATE
+
+    @property
+    def lora_id(self) -> int | None:
+        """vLLM's number of the merged adapter, or of the one that is being staged."""
+        return None if self._staged is None else self._staged.lora_id
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for it on this worker: staged weights, and the difference for other requests."""
+        return sum(exchange.nbytes for exchange in self._exchanges.values()) + sum(
+            layer.smoa_bank.merged_bytes for layer in self.layers.values()
+        )
+
+    def begin(self, lora_id: int, slot: int) -> None:
+        """Start to stage the adapter that a slot holds.
+
+        Raises:
+            AdapterError: a layer's weight cannot be exchanged, or another adapter is merged.
+        """
+        if self._staged is not None:
+            if self._staged.lora_id != lora_id:
+                raise AdapterError(f"adapter {lora_id}", "another adapter is merged; un-merge it first")
+            if self._staged.ready or self._staged.slot == slot:
+                return
+            self.end()  # its slot was taken meanwhile, and now it is in another one
+        touched = {name: layer for name, layer in self.layers.items() if any(_live(layer, slot))}
+        exchanges, reasons = {}, []
+        for name, layer in touched.items():
+            exchange = exchange_of(layer.base_layer, layer.smoa_weight)
+            if isinstance(exchange, str):
+                reasons.append(f"{name} cannot be merged: {exchange}")
+            else:
+                exchanges[name] = exchange
+        if reasons:
+            raise AdapterError(f"adapter {lora_id}", reasons)
+        self._exchanges = exchanges
+        self._staged = _Staged(lora_id, slot, iter(()), len(exchanges))
+        self._staged.work = self._stage(self._staged, slot)
+
+    def work(self, budget_s: float) -> dict[str, Any]:
+        """Stage for about so long.
+
+        Returns:
+            ready, finished and layers; once ready: lost (per layer, the share of the update that rounding removes).
+        """
+        staged = self._staged
+        if staged is None:
+            raise AdapterError("merging", "nothing is being staged")
+        deadline = monotonic() + budget_s
+        while not staged.ready and monotonic() < deadline:
+            if next(staged.work, "end") == "end":
+                staged.ready = True
+        report = {"ready": staged.ready, "finished": staged.finished, "layers": staged.layers}
+        return report | {"lost": {name: lost.share for name, lost in staged.lost.items()} if staged.ready else {}}
+
+    @torch.inference_mode()
+    def _stage(self, staged: _Staged, slot: int) -> Iterator[None]:
+        for name, exchange in self._exchanges.items():
+            layer = self.layers[name]
+            if name not in self._checksums:
+                self._checksums[name] = exchange.checksum()
+                yield
+            yield from exchange.stage(layer.smoa_bank, slot)
+            staged.lost[name] = Lost()
+            for _ in self._measure_loss(layer, slot, staged.lost[name]):
+                yield
+            layer.smoa_bank.hold_merged(slot)
+            staged.finished += 1
+            yield
+        for name, layer in self.layers.items():
+            if name not in self._exchanges:
+                layer.smoa_bank.hold_merged(slot)
+
+    def _measure_loss(self, layer: SmoaLinearMixin, slot: int, lost: Lost) -> Iterator[None]:
+        bank = layer.smoa_bank
+        for index in range(len(bank.slices)):
+            for _, _, k in blocks_of(bank, index, slot):
+                update = bank.delta_block(index, slot, k)
+                entry = bank.slots[slot][index]
+                assert entry is not None
+                kept = bank.merged_block(index, slot, k).float() - entry.partition.store.block(k).float()
+                lost.update_square += float(update.square().sum())
+                lost.removed_square += float((update - kept).square().sum())
+                yield
+
+    def commit(self, policy: MergePolicy) -> None:
+        """The staged adapter counts as merged from the next step on."""
+        if self._staged is None or not self._staged.ready:
+            raise AdapterError("merging", "the adapter is not staged yet")
+        self.policy, self.merged = policy, True
+        for name in self._exchanges:
+            self.layers[name].smoa_weight.original = self._as_original
+
+    def wants(self, own_tokens: int, tokens: int) -> bool:
+        """Whether a step of so many tokens, `own_tokens` of them the merged adapter's, runs on the merged weights."""
+        if not self.merged:
+            return False
+        return own_tokens == tokens if self.policy is MergePolicy.EXCLUSIVE else True
+
+    @torch.inference_mode()
+    def set_active(self, active: bool) -> None:
+        """Puts the merged weights in place, or the original ones."""
+        if active != self.active:
+            for exchange in self._exchanges.values():
+                exchange.switch()
+            self.active = active
+
+    @contextmanager
+    def _as_original(self) -> Iterator[None]:
+        active = self.active
+        self.set_active(False)
+        try:
+            yield
+        finally:
+            self.set_active(active)
+
+    def end(self) -> None:
+        """Un-merge, or give up staging, and check that every weight is what it was.
+
+        Raises:
+            WeightChecksumError: one is not.
+        """
+        self.set_active(False)
+        changed = [
+            name
+            for name, exchange in self._exchanges.items()
+            if name in self._checksums and exchange.checksum() != self._checksums[name]
+        ]
+        if changed:
+            raise WeightChecksumError(
+                f"after un-merging, {len(changed)} base weights are not what they were: {', '.join(changed[:5])}; "
+                "restart the server"
+            )
+        for exchange in self._exchanges.values():
+            exchange.drop()
+        for layer in self.layers.values():
+            layer.smoa_bank.drop_merged()
+            layer.smoa_weight.close()
+            layer.smoa_weight.reset_original()
+        self._exchanges, self._staged, self.merged = {}, None, False
+
+
+def _live(layer: SmoaLinearMixin, slot: int) -> list[bool]:
+    return [entry is not None and not entry.idle for entry in layer.smoa_bank.slots[slot]]

@@ -1,0 +1,244 @@
+"""An adapter in the base weights: everybody's answers stay their own, and the weights come back bit for bit."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 24
+ADAPTERS = {
+    "smoa-8-2": ("smoa", (4, 4)),
+    "smoa-6-4": ("smoa", (2, 2, 1, 1)),
+    "hira-4": ("hira", (4,)),
+    "lora-8": ("lora", (8,)),
+}
+MERGEABLE = ("smoa-8-2", "smoa-6-4", "hira-4")
+PROMPTS = ([5, 9, 40], [17], [3, 60, 61, 90, 8, 12, 77, 31])
+# Of a logit; merging adds in another order than the layer's sum.
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Path]:
+    """Adapters on every linear layer, each with its own partition of the coordinates."""
+    folder, base = tmp_path_factory.mktemp("adapters"), vectors / "e2e/tiny-llama/base"
+    return {
+        name: makers.make_adapter(base, folder / name, kind, ranks, seed=seed)
+        for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items())
+    }
+
+
+@pytest.fixture(scope="module", params=["packed", "plain"])
+def engine(vectors: Path, in_process: Callable[..., Any], adapters: dict[str, Path], request: Any) -> Iterator[Any]:
+    """Three slots for four adapters. "plain": the weights lie in the open, as they do on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            from vllm import _custom_ops as ops
+
+            patch.setattr(ops, "_supports_onednn", False)
+        with in_process(
+            vectors / "e2e/tiny-llama/base", enable_lora=True, max_loras=3, max_cpu_loras=4, enable_prefix_caching=False
+        ) as engine:
+            yield engine
+
+
+def number(name: str) -> int:
+    """vLLM's number of an adapter."""
+    return 1 + list(ADAPTERS).index(name)
+
+
+def ask(engine: Any, batch: list[tuple[str | None, int]], adapters: dict[str, Path]) -> list[Any]:
+    """Greedy continuations of a batch of (adapter, index of the prompt)."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    outputs = engine.generate(
+        [{"prompt_token_ids": PROMPTS[index]} for _, index in batch],
+        SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1),
+        lora_request=[name and LoRARequest(name, number(name), str(adapters[name])) for name, _ in batch],
+        use_tqdm=False,
+    )
+    return [output.outputs[0] for output in outputs]
+
+
+def logprobs(answer: Any) -> list[float]:
+    """Of the tokens that were chosen."""
+    return [place[token].logprob for place, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+
+
+def stage(engine: Any, name: str, target: str = "merged", budget_s: float = 10.0) -> dict[str, Any]:
+    """Work towards a step of the ladder until it is ready; the last report."""
+    for _ in range(10_000):
+        (report,) = engine.collective_rpc("smoa_stage", args=(number(name), target, budget_s))
+        if report["ready"]:
+            return report
+    raise AssertionError("it never got ready")
+
+
+def residence(engine: Any) -> dict[str, str]:
+    (status,) = engine.collective_rpc("smoa_status")
+    return status["residence"]
+
+
+@pytest.fixture(scope="module")
+def solo(engine: Any, adapters: dict[str, Path]) -> dict[tuple[str | None, int], Any]:
+    """Every adapter's answers, asked alone with nothing merged."""
+    keys = [(name, index) for name in (None, *ADAPTERS) for index in range(len(PROMPTS))]
+    return {key: ask(engine, [key], adapters)[0] for key in keys}
+
+
+def check(engine: Any, solo: Any, adapters: dict[str, Path], keys: list[tuple[str | None, int]]) -> None:
+    for key, answer in zip(keys, ask(engine, keys, adapters), strict=True):
+        assert list(answer.token_ids) == list(solo[key].token_ids), key
+        assert logprobs(answer) == pytest.approx(logprobs(solo[key]), abs=CLOSE), key
+
+
+@pytest.mark.parametrize("policy", ["compensate", "exclusive"])
+@pytest.mark.parametrize("merged", MERGEABLE)
+def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adapters, merged, policy):
+    report = stage(engine, merged)
+    assert report["finished"] == report["layers"] > 0
+    assert max(report["lost"].values()) < 1e-5  # of float32
+    engine.collective_rpc("smoa_merge", args=(policy,))
+    assert residence(engine)[str(number(merged))] == "merged"
+    rng = random.Random(3)
+    try:
+        check(engine, solo, adapters, [(merged, index) for index in range(len(PROMPTS))])
+        for others in (["lora-8", None], [name for name in MERGEABLE if name != merged], [None]):
+            keys = [(name, rng.randrange(len(PROMPTS))) for name in (merged, *others, None)]
+            rng.shuffle(keys)
+            check(engine, solo, adapters, keys)
+            check(engine, solo, adapters, [key for key in keys if key[0] != merged])
+    finally:
+        engine.collective_rpc("smoa_demote", args=(number(merged),))
+    for key in solo:
+        (answer,) = ask(engine, [key], adapters)
+        assert logprobs(answer) == logprobs(solo[key]), f"{key}: the base is not what it was"
+
+
+def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo, adapters):
+    reports = []
+    while not reports or not reports[-1]["ready"]:
+        (report,) = engine.collective_rpc("smoa_stage", args=(number("smoa-8-2"), "merged", 0.0005))
+        reports.append(report)
+        if len(reports) == 3:  # other adapters need its slot meanwhile
+            check(engine, solo, adapters, [(name, 0) for name in ("smoa-6-4", "hira-4", "lora-8")])
+    assert len(reports) > 5
+    engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+    check(engine, solo, adapters, [("smoa-8-2", 0), (None, 0)])
+
+
+def test_an_adapter_read_while_another_is_merged_gets_the_original_blocks(engine, solo, adapters):
+    """Its blocks of W are read at that time, and the layer serves another weight."""
+    stage(engine, "smoa-8-2")
+    engine.collective_rpc("smoa_merge", args=("compensate",))
+    try:
+        for name in ("hira-4", "smoa-6-4"):
+            engine.collective_rpc(_forget_partitions)
+            check(engine, solo, adapters, [(name, 1), (None, 0), ("smoa-8-2", 2)])
+    finally:
+        engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+
+
+def _forget_partitions(worker: Any) -> None:
+    """Empty every slot and drop every block that no slot uses."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    for layer in manager.merger.layers.values():
+        for slot in range(manager.lora_slots):
+            layer.reset_lora(slot)
+        for cache in layer.smoa_bank._partitions:
+            for digest in [digest for digest, held in cache._held.items() if held.users == 0]:
+                del cache._held[digest]
+    for lora_id in list(manager._active_adapters.cache):
+        manager.deactivate_adapter(lora_id)
+
+
+def test_resident_blocks_serve_and_go_with_the_slot(engine, solo, adapters):
+    stage(engine, "smoa-6-4", "resident", 0.001)
+    (status,) = engine.collective_rpc("smoa_status")
+    assert status["residence"][str(number("smoa-6-4"))] == "resident"
+    assert status["resident_bytes"][str(number("smoa-6-4"))] > 0
+    check(engine, solo, adapters, [("smoa-6-4", 0), ("smoa-6-4", 2), (None, 1), ("hira-4", 1)])
+    engine.collective_rpc("smoa_demote", args=(number("smoa-6-4"),))
+    assert residence(engine)[str(number("smoa-6-4"))] == "slot"
+    stage(engine, "smoa-6-4", "resident")
+    check(engine, solo, adapters, [("smoa-8-2", 0), ("hira-4", 1), ("lora-8", 1)])  # take all three slots
+    assert residence(engine)[str(number("smoa-6-4"))] == "host"
+    check(engine, solo, adapters, [("smoa-6-4", 0)])
+
+
+def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
+    with pytest.raises(Exception, match="only SMoA and HiRA adapters can be moved"):
+        engine.collective_rpc("smoa_stage", args=(number("lora-8"), "merged", 1.0))
+    with pytest.raises(Exception, match="it is not in the engine"):
+        engine.collective_rpc("smoa_stage", args=(99, "merged", 1.0))
+    with pytest.raises(Exception, match="the adapter is not staged yet"):
+        engine.collective_rpc("smoa_merge", args=("compensate",))
+    stage(engine, "smoa-8-2")
+    with pytest.raises(Exception, match="another adapter is merged; un-merge it first"):
+        engine.collective_rpc("smoa_stage", args=(number("hira-4"), "merged", 1.0))
+    engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+    check(engine, solo, adapters, [("smoa-8-2", 0)])
+
+
+def test_a_thousand_cycles_leave_the_weights_as_they_were(engine, solo, adapters):
+    """Requests run all the time; after each un-merge the worker compares every weight's checksum with the first one."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    core, rng = engine.llm_engine, random.Random(5)
+    running: dict[str, tuple[str | None, int]] = {}
+    answered = cycles = 0
+    merged: str | None = None
+    settings = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    names = [None, *ADAPTERS]
+    while cycles < 1000 or running:
+        while len(running) < 4 and cycles < 1000:
+            key = (rng.choice(names), rng.randrange(len(PROMPTS)))
+            request_id = f"cycle-{answered}-{len(running)}-{rng.random()}"
+            lora = key[0] and LoRARequest(key[0], number(key[0]), str(adapters[key[0]]))
+            core.add_request(request_id, {"prompt_token_ids": PROMPTS[key[1]]}, settings, lora_request=lora)
+            running[request_id] = key
+        if cycles < 1000:
+            if merged is None:
+                merged = rng.choice(MERGEABLE)
+                stage(engine, merged)
+                engine.collective_rpc("smoa_merge", args=(rng.choice(["compensate", "exclusive"]),))
+            else:
+                engine.collective_rpc("smoa_demote", args=(number(merged),))
+                merged, cycles = None, cycles + 1
+        for output in core.step():
+            if output.finished:
+                key = running.pop(next(name for name in running if output.request_id.startswith(name)))
+                assert list(output.outputs[0].token_ids) == list(solo[key].token_ids)[:8], (cycles, merged, key)
+                answered += 1
+    assert answered > 500
+
+
+def test_a_changed_weight_ends_the_engine(engine, adapters):
+    """Last of this module: nothing may be served after it."""
+    stage(engine, "smoa-8-2")
+    engine.collective_rpc("smoa_merge", args=("compensate",))
+    ask(engine, [(None, 0)], adapters)
+    engine.collective_rpc(_damage)
+    with pytest.raises(Exception, match=r"1 base weights are not what they were.*restart the server"):
+        engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+    with pytest.raises(Exception, match="not what they were"):
+        ask(engine, [(None, 0)], adapters)
+
+
+@torch.inference_mode()
+def _damage(worker: Any) -> None:
+    """What a bug would do: the saved original of one layer is not the original."""
+    merger = worker.model_runner.lora_manager._adapter_manager.merger
+    exchange = next(iter(merger._exchanges.values()))
+    name = next(iter(merger._exchanges))
+    if hasattr(exchange, "_blocks"):
+        exchange._blocks[0][2].view(-1)[0] += 1e-6
+    else:
+        merger._checksums[name] = b"another"
