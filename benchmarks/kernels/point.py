@@ -36,6 +36,11 @@ class Point:
         """Of the default implementation."""
         return self.times[self.implementations[0]]
 
+    @property
+    def waiting(self) -> float:
+        """Share of the time of base and default implementation in which some thread waited for a core."""
+        return max(self.own.waiting, self.times[BASE].waiting)
+
     def works(self) -> dict[str, Work]:
         """What has to be moved and computed, by what is computed."""
         works = {"base": floor.base_work(self.case)}
@@ -78,6 +83,7 @@ class Point:
             "floor_us": {name: round(seconds * 1e6, 2) for name, seconds in self.floors_s().items()},
             "floor_over_time": {name: round(share, 4) for name, share in self.floor_over_time().items()},
             "over_base": {n: round(times.median / base, 4) for n, times in self.times.items() if n != BASE},
+            "waiting": round(self.waiting, 3),
             "skipped": dict(self.skipped),
         }
 
@@ -86,4 +92,5 @@ class Point:
         case, base = self.case, self.times[BASE].median
         what = f"{case.layer.name} ({case.rank},{case.blocks}) T={case.tokens} {case.workload} {case.adapters}"
         others = (f"{n} {t.median * 1e6:,.0f} ({t.median / base:.2f})" for n, t in self.times.items() if n != BASE)
-        return f"{what}: base {base * 1e6:,.0f} us; {', '.join(others)}"
+        disturbed = f"; {self.waiting:.0%} of the time a thread waited for a core" if self.waiting > 0.05 else ""
+        return f"{what}: base {base * 1e6:,.0f} us; {', '.join(others)}{disturbed}"

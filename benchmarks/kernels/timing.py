@@ -1,4 +1,8 @@
-"""Times of calls that take turns: what slows the machine for a while slows all of them."""
+"""Times of calls that take turns: what slows the machine for a while slows all of them.
+
+On a CPU, a call during which some thread had to wait for a core is repeated while there is patience: the system's
+pressure counter says so, whatever the call's own time was.
+"""
 
 import gc
 import statistics
@@ -6,11 +10,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 Call = Callable[[int], object]  # takes the number of the layer's copy to use
-Repeat = Callable[[], float]  # runs once, returns seconds
+PRESSURE = Path("/proc/pressure/cpu")
+MOST_WAITING = 0.05
+
+
+@dataclass(frozen=True)
+class Once:
+    """One call: its seconds, and the share of them in which some thread waited for a core."""
+
+    seconds: float
+    waiting: float = 0.0
+
+
+Repeat = Callable[[], Once]  # runs once
 
 
 @dataclass(frozen=True)
@@ -19,9 +36,11 @@ class Times:
 
     Attributes:
         by_round: round → seconds; slow candidates sit some rounds out.
+        waiting: mean share of the time in which some thread waited for a core.
     """
 
     by_round: Mapping[int, float]
+    waiting: float = 0.0
 
     @property
     def median(self) -> float:
@@ -38,16 +57,25 @@ class Times:
         """For JSON."""
         values = self.by_round.values()
         figures = {"median": self.median, "lowest": min(values), "highest": max(values)}
-        return {**{name: round(seconds * 1e6, 2) for name, seconds in figures.items()}, "rounds": len(values)}
+        return {
+            **{name: round(seconds * 1e6, 2) for name, seconds in figures.items()},
+            "rounds": len(values),
+            "waiting": round(self.waiting, 3),
+        }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: every candidate gets about `seconds_each`, in between so many rounds."""
+    """How long to measure: every candidate gets about `seconds_each`, in between so many rounds.
+
+    Attributes:
+        patience_s: for repeating disturbed calls of one measurement.
+    """
 
     seconds_each: float
     least: int = 4
     most: int = 30
+    patience_s: float = 0.0
 
     def rounds(self, seconds: float) -> int:
         """For a candidate that takes this long."""
@@ -69,13 +97,29 @@ def measure(calls: Mapping[str, Call], copies: int, device: torch.device, budget
     timer = _cuda_repeats if device.type == "cuda" else _cpu_repeats
     repeats = timer(calls, copies)
     with _no_collection():
-        rounds = {name: budget.rounds(repeat()) for name, repeat in repeats.items()}
-        found: dict[str, dict[int, float]] = {name: {} for name in calls}
+        rounds = {name: budget.rounds(repeat().seconds) for name, repeat in repeats.items()}
+        found: dict[str, dict[int, Once]] = {name: {} for name in calls}
+        patience_s = budget.patience_s
         for i in range(most := max(rounds.values())):
             for name, repeat in repeats.items():
                 if _takes_part(i, rounds[name], most):
-                    found[name][i] = repeat()
-    return {name: Times(times) for name, times in found.items()}
+                    found[name][i], patience_s = _undisturbed(repeat, patience_s)
+    return {name: _times(once) for name, once in found.items()}
+
+
+def _undisturbed(repeat: Repeat, patience_s: float) -> tuple[Once, float]:
+    """The least disturbed of a call's repetitions, and the patience that is left."""
+    best = repeat()
+    while best.waiting > MOST_WAITING and patience_s > 0:
+        again = repeat()
+        patience_s -= again.seconds
+        best = min(best, again, key=lambda once: once.waiting)
+    return best, patience_s
+
+
+def _times(by_round: Mapping[int, Once]) -> Times:
+    waiting = statistics.mean(once.waiting for once in by_round.values())
+    return Times({i: once.seconds for i, once in by_round.items()}, waiting)
 
 
 def _takes_part(i: int, rounds: int, most: int) -> bool:
@@ -90,14 +134,24 @@ def _cpu_repeats(calls: Mapping[str, Call], copies: int) -> dict[str, Repeat]:
 def _cpu_repeat(call: Call, copies: int, first: int) -> Repeat:
     state = {"copy": first}
 
-    def repeat() -> float:
+    def repeat() -> Once:
         state["copy"] += 1
         copy = state["copy"] % copies
+        waited = _waited_s()
         begin = time.perf_counter()
         call(copy)
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        return Once(seconds, (_waited_s() - waited) / seconds)
 
     return repeat
+
+
+def _waited_s() -> float:
+    """Seconds since the start of the machine in which some thread waited for a core; 0 where nobody counts them."""
+    try:
+        return int(PRESSURE.read_text(encoding="ascii").split("total=", 1)[1].split()[0]) / 1e6
+    except OSError:
+        return 0.0
 
 
 def _cuda_repeats(calls: Mapping[str, Call], copies: int) -> dict[str, Repeat]:
@@ -127,13 +181,13 @@ def _cuda_repeat(call: Call, copies: int) -> Repeat:
     except RuntimeError:
         torch.cuda.synchronize()
 
-    def repeat() -> float:
+    def repeat() -> Once:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         run()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / copies
+        return Once(float(begin.elapsed_time(end)) / 1e3 / copies)
 
     return repeat
 

@@ -23,7 +23,8 @@ LAYERS, QUICK_LAYERS = ("896x4864", "2048x2048", "4096x4096"), ("2048x2048",)
 # (r, K): live ranks 2, 4, 8 and 16.
 CONFIGURATIONS, QUICK_CONFIGURATIONS = ((16, 8), (16, 4), (32, 4), (32, 2)), ((16, 8), (32, 4))
 GROUP_TOKENS, ADAPTERS = (1, 2, 4, 8, 16, 32, 64), (1, 8)
-BUDGET, QUICK_BUDGET = Budget(seconds_each=0.08, least=4, most=16), Budget(seconds_each=0.04, least=4, most=10)
+BUDGET = Budget(seconds_each=0.08, least=4, most=16, patience_s=0.5)
+QUICK_BUDGET = Budget(seconds_each=0.04, least=4, most=10, patience_s=0.2)
 
 
 @dataclass(frozen=True)

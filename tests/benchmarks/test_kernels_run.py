@@ -7,7 +7,7 @@ import torch
 from smoa_kernels.cost import DEFAULT_COSTS
 from smoa_kernels.tuned import cost_file, read_costs
 
-from benchmarks.kernels import candidates, cases, lora, plain, run, tune
+from benchmarks.kernels import candidates, cases, lora, plain, run, timing, tune
 from benchmarks.kernels.cases import Case, Grid, LayerShape
 from benchmarks.kernels.layers import build_layers
 from benchmarks.kernels.timing import Budget, measure
@@ -116,3 +116,30 @@ def test_a_plain_way_that_would_take_too_long_is_named() -> None:
     calls, skipped = candidates.plain_calls(step, "torch", run.Ceilings(1e3, 1e3))
     assert set(skipped) == {"bmm expand", "bmm modulate"}
     assert set(calls) == {"loop"}
+
+
+def test_a_disturbed_call_is_repeated_while_there_is_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([0.0, 9.0, 9.0, 9.0, 9.0, 18.0, 18.0, 18.0])  # before and after each call
+    calls: list[int] = []
+    monkeypatch.setattr(timing, "_waited_s", lambda: next(waited))
+    once = Budget(seconds_each=0.0, least=2, most=2, patience_s=1.0)
+    found = measure({"a": calls.append}, 2, CPU, once)["a"]
+    # One call to learn its length, then two rounds, the second of which took two tries.
+    assert len(calls) == 4
+    assert found.waiting == 0.0
+
+
+def test_without_patience_a_disturbed_call_is_kept_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter(float(i) for i in range(100))
+    monkeypatch.setattr(timing, "_waited_s", lambda: next(waited))
+    found = measure({"a": lambda i: None}, 2, CPU, SHORT)["a"]
+    assert len(found.by_round) == 2
+    assert found.row()["waiting"] > timing.MOST_WAITING
+
+
+def test_the_pressure_counter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpu"
+    monkeypatch.setattr(timing, "PRESSURE", file)
+    assert timing._waited_s() == 0.0
+    file.write_text("some avg10=1.00 avg60=0.50 avg300=0.10 total=2500000\nfull avg10=0.00 total=0\n")
+    assert timing._waited_s() == 2.5
