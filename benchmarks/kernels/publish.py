@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.kernels.pictures import draw_ratios, draw_roofline
 from benchmarks.kernels.predictions import prediction_table
+from benchmarks.kernels.timing import MOST_WAITING
 from benchmarks.publish import ROOT, replace_section, setup_line, table
 
 Row = dict[str, Any]
@@ -59,8 +60,14 @@ def ceilings_line(rows: Sequence[Row]) -> str:
     bandwidth = sorted({row["ceilings"]["bytes_per_s"] / 1e9 for row in rows})
     rate = sorted({row["ceilings"]["flops_per_s"] / 1e12 for row in rows})
     threads = f", {rows[0]['threads']} threads" if rows[0]["device"] == "cpu" else ""
+    speeds = f"{_range(bandwidth, 0)} GB/s, {_range(rate, 2)} TFLOP/s"
+    ceilings = f"Ceilings measured at the start of each run{threads}: {speeds}."
+    disturbed = sum(row["waiting"] > MOST_WAITING for row in rows)
+    if not disturbed:
+        return ceilings
     return (
-        f"Ceilings measured at the start of each run{threads}: {_range(bandwidth, 0)} GB/s, {_range(rate, 2)} TFLOP/s."
+        f"{ceilings} The machine had other work: at {disturbed} of {len(rows)} points (†) a thread waited for a core "
+        f"during more than {MOST_WAITING:.0%} of the time."
     )
 
 
@@ -75,7 +82,7 @@ def layer_table(rows: Sequence[Row]) -> str:
         body.append(
             [
                 f"({row['rank']}, {row['blocks']})",
-                f"{row['tokens']:,}, {row['adapters'] or 'none'}",
+                f"{row['tokens']:,}, {row['adapters'] or 'none'}" + (" †" if row["waiting"] > MOST_WAITING else ""),
                 *(_us(times.get(name)) for name in ("base", *own)),
                 f"{_us_value(first['lowest'])} to {_us_value(first['highest'])}",
                 f"{row['floor_over_time'].get(own[0], float('nan')):.2f}",
