@@ -121,6 +121,14 @@ def test_it_is_built_once_for_all_processes(fresh, monkeypatch):
 
 
 @needs_cpp
+def test_it_runs_with_the_threads_that_torch_was_told():
+    threads = cpp_build.library(torch.bfloat16).smoa_threads
+    for count in (1, 2, 3, 1):  # the fixture sets back what was there
+        torch.set_num_threads(count)
+        assert threads() == count
+
+
+@needs_cpp
 def test_a_bank_made_for_torch_is_refused(generator):
     layer = random_layer(
         8, (8,), slots=1, max_rank=1, dtype=torch.bfloat16, generator=generator, implementation="torch"

@@ -269,3 +269,6 @@ extern "C" int64_t smoa_delta(const smoa::Layer<smoa::Element>* layer, const smo
   smoa::run(call);
   return 0;
 }
+
+// Threads that a call would use.
+extern "C" int64_t smoa_threads() { return omp_get_max_threads(); }

@@ -12,12 +12,13 @@ constexpr int kTileRows = kRegisters == 32 ? 8 : 5;   // rows of it in registers
 //   w: panels of `groups` groups, `panel_stride` elements apart.
 //   rows: R rows of kGroup * groups elements, `row_stride` elements apart.
 //   ahead: memory that is fetched meanwhile, as much as a panel.
+//   A function of its own, as the compiler else lacks registers for the sums in some of the places that use it.
 template <int P, int R, typename E, typename Row>
-inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
+[[gnu::noinline]] void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
                           const E* ahead, Floats (&acc)[P][R]) {
   using S = Scheme<E>;
   constexpr int kStep = S::kGroup * kLanes;
-  Floats sum[P][R];  // of its own: in `acc` the compiler would store every step's sums
+  Floats sum[P][R];  // in `acc` itself every step's sums would be stored
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
@@ -74,7 +75,7 @@ inline void modulate_columns(const E* w, int64_t panel_stride, const typename Sc
 // out = W * (B A) for P panels, `panel_stride` elements apart in both.
 //   a: [steps][columns], `a_stride` columns apart; b: [steps][P].
 template <int P, typename E>
-inline void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
+[[gnu::noinline]] void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
                             const typename Scheme<E>::Operand* b, int64_t steps, int64_t columns,
                             typename Scheme<E>::Formed* out) {
   constexpr int kColumns = 4, kRest = Scheme<E>::kGroup;
