@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.errors import AdapterError
+from smoa_serve.convert import TargetFormat, convert
+from smoa_serve.errors import AdapterError, BaseModelError
 from smoa_serve.formats import LoadOptions, load_adapter, write_hira, write_portable
 from smoa_serve.inspection import inspect_adapter, verify_adapter
 
@@ -67,6 +68,11 @@ def test_on_a_quantized_base_a_portable_adapter_is_matched_by_its_shapes(
     assert inspect_adapter(folder, quantized).base_match == "shapes"
     assert not verify_adapter(folder, quantized).exact
     assert inspect_adapter(published, quantized).base_match == "no"
+    hira = write_hira(load_adapter(published, llama), tmp_path / "hira")
+    assert inspect_adapter(hira, quantized).base_match == "shapes"
+    with pytest.raises(BaseModelError, match="is quantized; give the checkpoint that it was made from"):
+        convert(hira, tmp_path / "converted", TargetFormat.PORTABLE, quantized)
+    assert not (tmp_path / "converted").exists()
 
 
 def test_a_published_adapter_that_does_not_fit_is_reported_not_raised(published: Path, make_base: MakeBase) -> None:

@@ -55,8 +55,8 @@ def quantized_weight(layer: Any) -> tuple[Tensor, Tensor] | None:
         layer: vLLM's linear layer, its weights loaded and processed.
 
     Returns:
-        weight [H_out, H_in] in fp8, a view of the layer's own; scale [H_out] fp32, so that W = weight * scale[:, None].
-        None when the layer has no such weight: another dtype, scales of blocks, or packed.
+        weight [H_out, H_in] in fp8, a view of the layer's own; scale [H_out] fp32, contiguous: W = weight *
+        scale[:, None]. None when the layer has no such weight: another dtype, scales of blocks, or packed.
     """
     weight, scale = getattr(layer, "weight", None), getattr(layer, "weight_scale", None)
     if not isinstance(weight, Tensor) or weight.dtype not in FP8_DTYPES or weight.ndim != 2:
@@ -66,7 +66,7 @@ def quantized_weight(layer: Any) -> tuple[Tensor, Tensor] | None:
     h_out = weight.shape[1]
     if tuple(scale.shape) not in {(), (1,), (1, 1), (h_out,), (h_out, 1), (1, h_out)}:
         return None
-    return weight.detach().t(), scale.detach().float().reshape(-1).expand(h_out)
+    return weight.detach().t(), scale.detach().float().reshape(-1).expand(h_out).contiguous()
 
 
 def dequantized(weight: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:

@@ -166,7 +166,7 @@ def test_fp8_weights_are_read_with_the_scale_of_each_output(shape: tuple[int, ..
     weight, scales = found
     assert weight.dtype == FP8
     assert weight.data_ptr() == stored.data_ptr()
-    assert (tuple(scales.shape), scales.dtype) == ((H_OUT,), torch.float32)
+    assert (tuple(scales.shape), scales.stride(), scales.dtype) == ((H_OUT,), (1,), torch.float32)
     torch.testing.assert_close(weight.float() * scales[:, None], stands_for, rtol=0, atol=0)
 
 
