@@ -53,7 +53,7 @@ class CostModel:
 
 # From the crossing points measured on AVX512-BF16 cores: bf16, layers of 896 and 4864, K = 4 and 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=20.0, form_per_rank=5.5, resident=4.0)
-CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=1.0)
+CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=7.5)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.

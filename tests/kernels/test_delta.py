@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, StepPlan, available_implementations, smoa_delta
+from smoa_kernels import LayerBank, SliceUpdate, StepPlan, available_implementations, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, CostModel
 from smoa_kernels.cpp_build import supported_instruction_sets
 from smoa_kernels.cpp_ops import smoa_delta_cpp
@@ -278,6 +278,31 @@ def test_the_number_of_threads_does_not_change_a_bit(generator):
         results.append(torch.zeros(60, 240, dtype=torch.bfloat16))
         smoa_delta_cpp(results[-1], x, layer.bank, plan)
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
+@pytest.mark.parametrize("instruction_set", supported_instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_are_rounded_as_torch_rounds_them(dtype, instruction_set, generator):
+    # W = A = B = 1 on a single number: the delta is x, so y + x is rounded once, and so is 3 x of rank 3.
+    weight = torch.ones(1, 1, dtype=dtype)
+    ids = torch.zeros(1, dtype=torch.int16)
+    for rank in (1, 3):
+        bank = LayerBank(
+            a=[torch.zeros(1, 3, 1, dtype=dtype)],
+            b=[torch.zeros(1, 3, 1, dtype=dtype)],
+            weight_block=lambda *_: weight,
+            implementation="cpp",
+        )
+        bank.set(0, [SliceUpdate(torch.ones(rank, 1), torch.ones(1, rank), ids, ids, 1.0)])
+        x = torch.randn(500, 1, generator=generator).to(dtype)
+        x[:4, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+        y = torch.randn(500, 1, generator=generator).to(dtype)
+        expected = (y.float() + (rank * x.float()).to(dtype).float()).to(dtype)
+        plan = StepPlan(500, 1, "cpu")
+        plan.update([0] * 500)
+        smoa_delta_cpp(y, x, bank, plan, ALWAYS_EXPAND, instruction_set)
+        torch.testing.assert_close(y, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
