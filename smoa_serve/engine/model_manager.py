@@ -18,6 +18,7 @@ from smoa_serve.adapter import Adapter
 from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
 from smoa_serve.engine.merging import Merger, WeightChecksumError
+from smoa_serve.engine.traffic import Traffic
 from smoa_serve.errors import AdapterError
 from smoa_serve.merge_policy import MergePolicy
 from smoa_serve.settings import Settings
@@ -57,6 +58,7 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         self._seen: object = None
         self._content_version = 0
         self._resident: set[int] = set()
+        self._traffic = Traffic()
         self._broken: str | None = None
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
@@ -146,6 +148,7 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         if seen != self._seen:
             self._set_adapter_mapping(mapping)
             self._seen = seen
+        self._traffic.add(mapping.index_mapping)
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         smoa_slots = {
@@ -270,6 +273,15 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
             for lora_id in self._resident
         }
         return found | ({self.merger.lora_id: self.merger.nbytes} if self.merger.lora_id is not None else {})
+
+    @property
+    def steps(self) -> int:
+        """Engine steps so far."""
+        return self._traffic.steps
+
+    def tokens(self) -> dict[int, int]:
+        """lora_int_id -> tokens that went through the model; 0 = the base."""
+        return self._traffic.tokens()
 
     def touch_active(self, lora_ids: set[int]) -> None:
         """Mark adapters as just used, so that making room for others of the same step takes none of them."""

@@ -4,6 +4,7 @@ from time import monotonic
 from typing import Any
 
 from smoa_serve import __version__
+from smoa_serve.errors import AdapterError
 from smoa_serve.merge_policy import MergePolicy
 
 
@@ -13,6 +14,7 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     Returns:
         version of smoa-serve; lora: whether adapters are enabled; refusal: why SMoA is not served, or None;
         residence: str(lora_int_id) -> "merged", "resident", "slot" or "host"; resident_bytes: what the first two take;
+        steps: engine steps so far; tokens: str(lora_int_id) -> tokens they took, "0" for the base;
         layers: how many layers take SMoA; partition_bytes: device
         bytes of the weight blocks and orders kept for their partitions.
     """
@@ -31,6 +33,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     return status | {
         "refusal": manager.smoa_refusal,
         "residence": {str(lora_id): where for lora_id, where in manager.residence().items()},
+        "steps": manager.steps,
+        "tokens": {str(lora_id): count for lora_id, count in manager.tokens().items()},
         "resident_bytes": {str(lora_id): size for lora_id, size in manager.resident_bytes().items()},
         "layers": len(smoa_layers),
         "partition_bytes": sum(layer.smoa_bank.partition_bytes for layer in smoa_layers),
@@ -48,15 +52,18 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> d
         budget_s: seconds.
 
     Returns:
-        ready, finished and layers (of `layers`); when a merge is ready: lost, layer -> share of the update that
-        rounding removes.
+        refused: every reason why it cannot be moved, and then nothing else; ready, finished and layers (of `layers`);
+        when a merge is ready: lost, layer -> share of the update that rounding removes.
     """
     manager = _manager(worker)
-    if target == "merged":
+    try:
+        if target == "resident":
+            return _stage_resident(worker, manager, lora_int_id, budget_s)
         manager.begin_merge(lora_int_id)
         report: dict[str, Any] = manager.merger.work(budget_s)
-        return report
-    return _stage_resident(worker, manager, lora_int_id, budget_s)
+    except AdapterError as error:
+        return {"refused": error.reasons}
+    return report | {"refused": []}
 
 
 def _stage_resident(worker: Any, manager: Any, lora_int_id: int, budget_s: float) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def _stage_resident(worker: Any, manager: Any, lora_int_id: int, budget_s: float
         ready = next(work, "end") == "end"
         finished += not ready
     worker._smoa_resident_work = (None, None, 0) if ready else (lora_int_id, work, finished)
-    return {"ready": ready, "finished": finished, "layers": layers, "lost": {}}
+    return {"refused": [], "ready": ready, "finished": finished, "layers": layers, "lost": {}}
 
 
 def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def stage(engine: Any, name: str, target: str = "merged", budget_s: float = 10.0
     """Work towards a step of the ladder until it is ready; the last report."""
     for _ in range(10_000):
         (report,) = engine.collective_rpc("smoa_stage", args=(number(name), target, budget_s))
+        assert report["refused"] == []
         if report["ready"]:
             return report
     raise AssertionError("it never got ready")
@@ -174,17 +175,34 @@ def test_resident_blocks_serve_and_go_with_the_slot(engine, solo, adapters):
 
 
 def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
-    with pytest.raises(Exception, match="only SMoA and HiRA adapters can be moved"):
-        engine.collective_rpc("smoa_stage", args=(number("lora-8"), "merged", 1.0))
-    with pytest.raises(Exception, match="it is not in the engine"):
-        engine.collective_rpc("smoa_stage", args=(99, "merged", 1.0))
+    def refused(name_or_number: Any, target: str = "merged") -> list[str]:
+        lora_id = number(name_or_number) if isinstance(name_or_number, str) else name_or_number
+        (report,) = engine.collective_rpc("smoa_stage", args=(lora_id, target, 1.0))
+        reasons: list[str] = report["refused"]
+        return reasons
+
+    for target in ("merged", "resident"):
+        assert refused("lora-8", target) == ["only SMoA and HiRA adapters can be moved"]
+        assert refused(99, target) == ["it is not in the engine"]
     with pytest.raises(Exception, match="the adapter is not staged yet"):
         engine.collective_rpc("smoa_merge", args=("compensate",))
     stage(engine, "smoa-8-2")
-    with pytest.raises(Exception, match="another adapter is merged; un-merge it first"):
-        engine.collective_rpc("smoa_stage", args=(number("hira-4"), "merged", 1.0))
+    assert refused("hira-4") == ["another adapter is merged; un-merge it first"]
     engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
     check(engine, solo, adapters, [("smoa-8-2", 0)])
+
+
+def test_tokens_are_counted_by_adapter(engine, solo, adapters):
+    (before,) = engine.collective_rpc("smoa_status")
+    ask(engine, [("smoa-8-2", 0), (None, 1), ("smoa-8-2", 2), ("lora-8", 1)], adapters)
+    (after,) = engine.collective_rpc("smoa_status")
+    # A prompt's tokens and all but the last generated one pass through the model.
+    passed = {"smoa-8-2": (0, 2), "lora-8": (1,)}
+    for name, asked in passed.items():
+        expected = sum(len(PROMPTS[index]) + TOKENS - 1 for index in asked)
+        assert after["tokens"][str(number(name))] - before["tokens"][str(number(name))] == expected
+    assert after["tokens"]["0"] - before["tokens"]["0"] >= len(PROMPTS[1]) + TOKENS - 1
+    assert after["steps"] - before["steps"] >= TOKENS
 
 
 def test_a_thousand_cycles_leave_the_weights_as_they_were(engine, solo, adapters, request):

@@ -1,0 +1,35 @@
+"""How many tokens each adapter takes: what decides where it should reside."""
+
+from collections import Counter
+
+
+class Traffic:
+    """Counts the tokens of every step. Decoding sends the same map again and again, so a map is counted when it ends.
+
+    Attributes:
+        steps: how many steps there were.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._total: Counter[int] = Counter()
+        self._map: tuple[int, ...] = ()
+        self._times = 0
+
+    def add(self, token_lora_ids: tuple[int, ...]) -> None:
+        """One step with these adapters, one number per token, 0 for the base."""
+        self.steps += 1
+        if token_lora_ids is not self._map and token_lora_ids != self._map:
+            self._settle()
+            self._map = token_lora_ids
+        self._times += 1
+
+    def tokens(self) -> dict[int, int]:
+        """lora_int_id -> tokens so far."""
+        self._settle()
+        return dict(self._total)
+
+    def _settle(self) -> None:
+        for lora_id, count in Counter(self._map).items():
+            self._total[lora_id] += count * self._times
+        self._times = 0
