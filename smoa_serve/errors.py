@@ -44,3 +44,7 @@ class PathNotAllowedError(SmoaError):
 
 class CompatibilityError(SmoaError):
     """The installed vLLM is not one this project knows, or a seam of it changed."""
+
+
+class MoveRefusedError(AdapterError):
+    """An adapter cannot be moved to that step of the ladder now."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import wrapt
 
+from smoa_serve.log_sharing import share_logging
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,15 +23,8 @@ def register() -> None:
             wrapt.register_post_import_hook(hook, module)
 
 
-def _share_logging() -> None:
-    """Send this project's log lines where vLLM's go, once vLLM has set itself up."""
-    ours, theirs = logging.getLogger("smoa_serve"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers, ours.level, ours.propagate = list(theirs.handlers), theirs.level, theirs.propagate
-
-
 def _enter_worker_manager(module: ModuleType) -> None:
-    _share_logging()
+    share_logging()
     from smoa_serve.engine.seams import check_worker_seams
     from smoa_serve.engine.worker_manager import SmoaWorkerManager
 
@@ -62,7 +57,7 @@ def _enter_async_engine(module: ModuleType) -> None:
 
 def _enter_serving_models(module: ModuleType) -> None:
     # By then the API server holds references to the class, so its instances are turned instead of the name rebound.
-    _share_logging()
+    share_logging()
     from smoa_serve.http.serving_models import enter
 
     wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", enter)

@@ -263,7 +263,7 @@ def test_configs_name_flags_that_vllm_has() -> None:
     place = next(place for place in places if find_spec(place) and find_spec(f"{place}.cli_args"))
     parser = import_module(f"{place}.cli_args").make_arg_parser(FlexibleArgumentParser())
     known = {flag for action in parser._actions for flag in action.option_strings}
-    for file in CONFIGS.glob("*.yaml"):
+    for file in (file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("train")):
         flags = load_settings({}, {}, file).vllm
         assert not [name for name in flags if f"--{name}" not in known], file
 

@@ -1,4 +1,4 @@
-"""`smoa-serve adapters`: list, load and unload the adapters of a running server."""
+"""`smoa-serve adapters`: list, load, unload and move the adapters of a running server."""
 
 import json
 from collections.abc import Mapping
@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..merge_policy import MergePolicy
 from .client import ServerClient
 
 UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
 KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="SMOA_API_KEY", help="The server's --api-key.")]
+NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.")]
 DEFAULT_URL = "http://localhost:8000"
 
-app = typer.Typer(no_args_is_help=True, help="List, load and unload the adapters of a running server.")
+app = typer.Typer(no_args_is_help=True, help="List, load, unload and move the adapters of a running server.")
 
 
 def register(parent: typer.Typer) -> None:
@@ -55,12 +57,76 @@ def load(
 
 @app.command("unload")
 def unload(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: NameArgument,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
 ) -> None:
     """Unload an adapter; requests that run finish."""
     typer.echo(ServerClient(url, api_key).unload(name))
+
+
+@app.command("merge")
+def merge(
+    name: NameArgument,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    policy: Annotated[
+        MergePolicy, typer.Option("--policy", help="What requests of others get while it is merged.")
+    ] = MergePolicy.COMPENSATE,
+    max_lost: Annotated[
+        float | None, typer.Option("--max-lost", help="Largest share of an update that rounding may remove.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Ask some prompts before and after, and compare.")] = False,
+) -> None:
+    """Fold an adapter into the base weights: its requests then run as fast as the base's."""
+    options: dict[str, object] = {"policy": policy.value, "check": check}
+    moved = ServerClient(url, api_key).move(
+        name, "merge", options if max_lost is None else options | {"max_lost": max_lost}
+    )
+    _show(moved)
+    typer.echo(f"rounding removed {float(moved['lost']):.2%} of the update (worst layer)")
+    if check:
+        agree = "agree" if moved["tokens_agree"] else "DIFFER"
+        difference = float(moved["largest_logprob_difference"])
+        typer.echo(f"greedy tokens before and after {agree}; largest difference of a logprob {difference:.2g}")
+
+
+@app.command("unmerge")
+def unmerge(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
+    """Give the original base weights back, bit for bit."""
+    _show(ServerClient(url, api_key).move(name, "unmerge"))
+
+
+@app.command("resident")
+def resident(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
+    """Keep an adapter's finished update beside the weights: faster than from its factors, and takes memory."""
+    _show(ServerClient(url, api_key).move(name, "resident"))
+
+
+@app.command("slot")
+def slot(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
+    """Back to the factors alone: un-merge, or give the resident memory back."""
+    _show(ServerClient(url, api_key).move(name, "slot"))
+
+
+@app.command("pin")
+def pin(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
+    """Leave an adapter where it resides, whatever the automatic policy finds."""
+    _show(ServerClient(url, api_key).move(name, "pin"))
+
+
+@app.command("unpin")
+def unpin(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
+    """Let the automatic policy move an adapter again."""
+    _show(ServerClient(url, api_key).move(name, "unpin"))
+
+
+def _show(moved: Mapping[str, Any]) -> None:
+    held = f", {_size(int(moved['bytes']))} held for it" if moved["bytes"] else ""
+    took = (
+        f" ({moved['seconds']:.1f} s, at most {moved['longest_call_ms']:.0f} ms at a time)" if moved["seconds"] else ""
+    )
+    typer.echo(f"{moved['name']} resides at: {moved['step']}{held}{took}")
 
 
 def _table(found: list[dict[str, Any]]) -> Table:

@@ -49,6 +49,18 @@ class ServerClient:
         """Unload an adapter; returns what the server says."""
         return self._checked(self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})).text
 
+    def move(self, name: str, target: str, options: dict[str, object] | None = None) -> dict[str, Any]:
+        """Move an adapter up or down the ladder of residence; returns what it took.
+
+        Args:
+            name: of the adapter.
+            target: merge, unmerge, resident, slot, pin or unpin.
+            options: of a merge.
+        """
+        response = self._request("POST", f"/v1/smoa/adapters/{name}/{target}", options)
+        moved: dict[str, Any] = self._checked(response).json()
+        return moved
+
     def _request(self, method: str, route: str, body: dict[str, object] | None) -> httpx.Response:
         try:
             return self._client.request(method, route, json=body)

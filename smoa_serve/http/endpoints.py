@@ -6,7 +6,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
+from smoa_serve.http import moves
 from smoa_serve.http.counting import served
+from smoa_serve.http.ladder import Ladder, step_of
 
 router = APIRouter(prefix="/v1/smoa")
 
@@ -22,7 +24,9 @@ class AdapterInfo(BaseModel):
     num_blocks: int = Field(description="K")
     parameters: int
     bytes: int = Field(description="factors and block ids in host memory")
-    residence: str = Field(description="slot, host or stored; the lowest of all workers")
+    residence: str = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
+    resident_bytes: int = Field(description="held for it while resident or merged, all workers")
+    pinned: bool = Field(description="the automatic policy leaves it where it is")
     order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
     order_error: float = Field(description="worst expected relative error of a layer's update from the order")
     requests: int = Field(description="requests this content got under this name since the server started")
@@ -57,7 +61,11 @@ async def list_adapters(raw_request: Request) -> AdapterList:
                 num_blocks=staged.num_blocks,
                 parameters=staged.parameters,
                 bytes=staged.nbytes,
-                residence=_residence(statuses, revision.lora_int_id),
+                residence=step_of(statuses, revision.lora_int_id),
+                resident_bytes=sum(
+                    status.get("resident_bytes", {}).get(str(revision.lora_int_id), 0) for status in statuses
+                ),
+                pinned=name in state.smoa_ladder.pinned,
                 order=staged.order.value if staged.order is not None else None,
                 order_error=staged.order_error,
                 requests=counts[revision.engine_name],
@@ -65,12 +73,6 @@ async def list_adapters(raw_request: Request) -> AdapterList:
             )
         )
     return AdapterList(data=data)
-
-
-def _residence(statuses: list[dict[str, Any]], lora_int_id: int) -> str:
-    ladder = ("stored", "host", "slot")
-    found: list[str] = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]
-    return min(found, key=ladder.index)
 
 
 class EndpointPlugin:
@@ -82,6 +84,8 @@ class EndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
         app.include_router(router)
+        app.include_router(moves.router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Nothing to keep: the routes read vLLM's own state."""
+        """The ladder of this server; all else is vLLM's own state."""
+        state.smoa_ladder = Ladder(engine_client)

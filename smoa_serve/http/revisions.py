@@ -6,8 +6,12 @@ statistics) is thereby keyed by content.
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from smoa_serve.store import StagedAdapter
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 _DIGEST_LENGTH = 32
 _ENGINE_NAME = re.compile(rf"(.+)@[0-9a-f]{{{_DIGEST_LENGTH}}}", re.DOTALL)
@@ -34,6 +38,12 @@ class Revision:
     def engine_name(self) -> str:
         """What the engine calls it."""
         return engine_name(self.name, self.staged.digest)
+
+    def request(self) -> "LoRARequest":
+        """What the engine is asked with."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(lora_name=self.engine_name, lora_int_id=self.lora_int_id, lora_path=str(self.staged.path))
 
 
 def engine_name(name: str, digest: str) -> str:

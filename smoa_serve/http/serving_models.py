@@ -24,6 +24,7 @@ from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
+from smoa_serve.log_sharing import share_logging
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
@@ -109,9 +110,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if previous is not None and previous.staged.digest == staged.digest:
             return previous
         revision = Revision(name, self._number(engine_name(name, staged.digest)), staged, requested_path)
-        request = LoRARequest(
-            lora_name=revision.engine_name, lora_int_id=revision.lora_int_id, lora_path=str(staged.path)
-        )
+        request = revision.request()
         if parent is not None and self.is_base_model(parent):
             request.base_model_name = parent
         try:
@@ -217,6 +216,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A wrapper of `OpenAIServingModels.__init__`."""
     wrapped(*args, **kwargs)
+    share_logging()  # vLLM has set its own up by now, which it had not when the seam was entered
     instance.__class__ = SmoaServingModels
     instance.begin()
 

@@ -1,0 +1,98 @@
+"""Routes that move adapters up and down the ladder of residence."""
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
+from smoa_serve.http import parity
+from smoa_serve.http.ladder import Ladder, Move
+from smoa_serve.http.revisions import Revision
+from smoa_serve.merge_policy import MergePolicy
+
+router = APIRouter(prefix="/v1/smoa")
+# In bfloat16 an update of a hundredth of the weight loses about a tenth.
+MAX_LOST = 0.25
+
+
+class MergeRequest(BaseModel):
+    """How to merge."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: MergePolicy = Field(default=MergePolicy.COMPENSATE, description="what requests of others get meanwhile")
+    max_lost: float = Field(
+        default=MAX_LOST, gt=0, le=1, description="largest share of an update that rounding may remove"
+    )
+    check: bool = Field(default=False, description="ask some prompts before and after, and compare")
+
+
+class MoveReport(BaseModel):
+    """Where an adapter resides now, and what it took."""
+
+    name: str
+    step: str
+    seconds: float
+    longest_call_ms: float = Field(description="longest that one piece of the work kept the engine from its next step")
+    bytes: int
+    lost: float | None = Field(default=None, description="share of the update that rounding removed, worst layer")
+    largest_logprob_difference: float | None = None
+    tokens_agree: bool | None = None
+
+
+@router.post("/adapters/{name:path}/{target}", response_model=MoveReport)
+async def move(
+    raw_request: Request,
+    name: str,
+    target: Literal["merge", "unmerge", "resident", "slot", "pin", "unpin"],
+    options: MergeRequest | None = None,
+) -> Any:
+    """Merge, un-merge, keep resident, back to the slot; `pin` keeps the automatic policy away, `unpin` lets it in."""
+    state = raw_request.app.state
+    ladder: Ladder = state.smoa_ladder
+    try:
+        revision = _revision(state.openai_serving_models.revisions, name)
+        match target:
+            case "merge":
+                return await _merge(state.engine_client, ladder, revision, options or MergeRequest())
+            case "resident":
+                done = await ladder.make_resident(revision)
+            case "unmerge" | "slot":
+                done = await ladder.to_slot(revision)
+            case "pin" | "unpin":
+                (ladder.pinned.add if target == "pin" else ladder.pinned.discard)(name)
+                done = Move(await ladder.step(revision), 0.0, 0.0, 0)
+    except AdapterNotFoundError as error:
+        return _refused(error, 404)
+    except MoveRefusedError as error:
+        return _refused(error, 409)
+    return _report(name, done)
+
+
+async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:
+    before = await parity.answers(engine, revision) if options.check else None
+    report = _report(revision.name, await ladder.merge(revision, options.policy, options.max_lost))
+    if before is not None:
+        found = parity.compare(before, await parity.answers(engine, revision))
+        report.largest_logprob_difference = found.largest_logprob_difference
+        report.tokens_agree = found.tokens_agree
+    return report
+
+
+def _revision(revisions: dict[str, Revision], name: str) -> Revision:
+    if name not in revisions:
+        served = ", ".join(sorted(revisions)) or "none"
+        raise AdapterNotFoundError(name, f"no adapter of this name is served; served are: {served}")
+    return revisions[name]
+
+
+def _report(name: str, done: Move) -> MoveReport:
+    return MoveReport(name=name, **vars(done))
+
+
+def _refused(error: Exception, status: int) -> JSONResponse:
+    """As vLLM's own routes answer errors."""
+    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
+    return JSONResponse({"error": body}, status_code=status)
