@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smoa_serve.errors import ConfigError
+from smoa_serve.merge_policy import MergePolicy
 
 _VARIABLES = {
     "adapter_roots": "SMOA_ADAPTER_ROOTS",
@@ -15,6 +16,11 @@ _VARIABLES = {
     "allow_hub": "SMOA_ALLOW_HUB",
     "required": "SMOA_SERVE_REQUIRED",
     "cuda_graphs": "SMOA_CUDA_GRAPHS",
+    "auto_merge": "SMOA_AUTO_MERGE",
+    "auto_resident": "SMOA_AUTO_RESIDENT",
+    "ladder_mib": "SMOA_LADDER_MIB",
+    "merge_policy": "SMOA_MERGE_POLICY",
+    "policy_interval_s": "SMOA_POLICY_INTERVAL_S",
 }
 
 
@@ -27,6 +33,12 @@ class Settings(BaseModel):
         strict_order: refuse published files whose spectral order is not well determined.
         allow_hub: let HTTP loads name a repository of the Hugging Face hub.
         cuda_graphs: serve SMoA inside CUDA graphs. Off: not yet proven on a GPU, so such an engine refuses SMoA.
+        auto_merge: let the automatic policy merge the adapter that carries most of the traffic.
+        auto_resident: let it keep hot adapters resident.
+        ladder_mib: memory it may use for both, all workers, MiB; None = 1024 on a CPU and none on a GPU, where it
+            has to be left free by --gpu-memory-utilization.
+        merge_policy: for the requests of others, when it merges.
+        policy_interval_s: how often it looks.
         required: the server must not start unless every process has this plugin.
     """
 
@@ -38,6 +50,11 @@ class Settings(BaseModel):
     allow_hub: bool = False
     required: bool = False
     cuda_graphs: bool = False
+    auto_merge: bool = False
+    auto_resident: bool = True
+    ladder_mib: int | None = Field(default=None, ge=0)
+    merge_policy: MergePolicy = MergePolicy.COMPENSATE
+    policy_interval_s: float = Field(default=5.0, gt=0)
 
     @field_validator("adapter_roots", mode="before")
     @classmethod

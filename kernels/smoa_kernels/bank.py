@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smoa_kernels.aligned import AlignedBlocks
+from smoa_kernels.cost import cost_model
 from smoa_kernels.device_tables import MAX_BLOCKS, LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
 from smoa_kernels.implementations import default_implementation, native_fp8, require_implementation
@@ -66,6 +67,7 @@ class LayerBank:
         slots: per slot, per slice what it holds, None where there is no update. One more at the end, see `hold_merged`.
         merged: whether it holds blocks of `W - W'` for a merged adapter.
         version: grows with every change of a slot.
+        cost: chooses the way of each adapter's tokens.
         fp8: whether the blocks are kept in fp8.
         tables: what the GPU kernels read; None for the others.
 
@@ -93,6 +95,7 @@ class LayerBank:
         if implementation is not None:
             require_implementation(implementation, self.device, self.dtype)
         self.implementation = implementation or default_implementation(self.device, self.dtype)
+        self.cost = cost_model(self.implementation, self.device, self.dtype)
         self._empty: tuple[SlotSlice | None, ...] = (None,) * len(self.slices)
         self.merged = False
         self.slots: list[tuple[SlotSlice | None, ...]] = [self._empty] * (self.num_slots + 1)

@@ -57,7 +57,9 @@ CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=7.5)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
-DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType({"triton": TRITON_COST, "cpp": CPP_COST, "torch": TORCH_COST})
+DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType(
+    {"triton": TRITON_COST, "cpp": CPP_COST, "torch": TORCH_COST, "reference": TORCH_COST}
+)
 # For tests and measurements: one way for every group. Resident needs the group's blocks, others then expand.
 ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("inf"))
 ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0, resident=float("inf"))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.cost import CPP_COST, CostModel
+from smoa_kernels.cost import CostModel
 from smoa_kernels.cpp_build import library
 from smoa_kernels.errors import ImplementationError
 from smoa_kernels.layout import BlockStore, PackedBlocks
@@ -116,19 +116,20 @@ def smoa_delta_cpp(
     x: Tensor,
     bank: LayerBank,
     plan: StepPlan,
-    cost: CostModel = CPP_COST,
+    cost: CostModel | None = None,
     instruction_set: str | None = None,
 ) -> None:
     """Adds each token's delta to y.
 
     Args:
         y, x, bank, plan: as in `dispatch.smoa_delta`.
-        cost: chooses the way of each adapter group.
+        cost: chooses the way of each adapter group; None = the bank's.
         instruction_set: one of `cpp_build.INSTRUCTION_SETS`; None = the best one that the CPU has.
 
     Raises:
         ImplementationError: the kernel cannot be built here, or the bank's blocks are not packed for it.
     """
+    cost = cost or bank.cost
     table = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
     step = plan.cached(("cpp", cost), lambda: StepTable(plan, cost))
     scratch = plan.scratch(1)

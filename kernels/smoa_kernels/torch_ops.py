@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank, SlotSlice
-from smoa_kernels.cost import TORCH_COST, CostModel
+from smoa_kernels.cost import CostModel
 from smoa_kernels.layout import BlockStore, PlainBlocks
 from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan, TokenGroup, TokenSet
@@ -16,12 +16,13 @@ from smoa_kernels.plan import StepPlan, TokenGroup, TokenSet
 Member = tuple[TokenGroup, int]  # an adapter's tokens and its live rank
 
 
-def smoa_delta_torch(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel = TORCH_COST) -> None:
+def smoa_delta_torch(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel | None = None) -> None:
     """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; `cost` chooses the way of each adapter group."""
+    chosen_cost = cost or bank.cost
     ways = bank.memo(
-        ("torch", cost, plan.num_slots),
+        ("torch", chosen_cost, plan.num_slots),
         plan.version,
-        lambda: [_choose_ways(bank, plan, i, cost) for i in range(len(bank.slices))],
+        lambda: [_choose_ways(bank, plan, i, chosen_cost) for i in range(len(bank.slices))],
     )
     offset = 0
     for index, (h_out, chosen) in enumerate(zip(bank.slices, ways, strict=True)):

@@ -170,6 +170,7 @@ def _prepare_gpu(bank: LayerBank, plan: StepPlan, captured: bool) -> None:
     """Scratch memory and tables exist before vLLM measures what is left for the KV cache, and before any capture."""
     from smoa_kernels.triton_ops import scratch_bytes, warm_up
 
+    plan.cost = bank.cost
     plan.scratch(scratch_bytes(bank, plan.max_tokens))
     if captured:
         warm_up(bank, plan)

@@ -274,6 +274,19 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         }
         return found | ({self.merger.lora_id: self.merger.nbytes} if self.merger.lora_id is not None else {})
 
+    def block_bytes(self) -> dict[int, int]:
+        """lora_int_id -> bytes of the blocks of W that an adapter in a slot uses: what blocks of its own would take."""
+        return {
+            lora_id: sum(
+                entry.partition.store.nbytes
+                for layer in self.merger.layers.values()
+                for entry in layer.smoa_bank.slots[slot]
+                if entry is not None
+            )
+            for slot, lora_id in enumerate(self.lora_index_to_id)
+            if lora_id is not None and isinstance(self._registered_adapters.cache.get(lora_id), SmoaModel)
+        }
+
     @property
     def steps(self) -> int:
         """Engine steps so far."""

@@ -1,5 +1,6 @@
 """Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`."""
 
+import dataclasses
 from time import monotonic
 from typing import Any
 
@@ -12,11 +13,16 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     """What one worker knows: proof that the plugin is in this process, and where each adapter resides.
 
     Returns:
-        version of smoa-serve; lora: whether adapters are enabled; refusal: why SMoA is not served, or None;
-        residence: str(lora_int_id) -> "merged", "resident", "slot" or "host"; resident_bytes: what the first two take;
-        steps: engine steps so far; tokens: str(lora_int_id) -> tokens they took, "0" for the base;
-        layers: how many layers take SMoA; partition_bytes: device
-        bytes of the weight blocks and orders kept for their partitions.
+        version: of smoa-serve.
+        lora: whether adapters are enabled.
+        refusal: why SMoA is not served, or None.
+        residence: str(lora_int_id) -> "merged", "resident", "slot" or "host".
+        resident_bytes: str(lora_int_id) -> bytes held for the first two.
+        steps: engine steps so far; tokens: str(lora_int_id) -> tokens they took, "0" for the base.
+        cost: the kernels' cost model, None where no layer takes SMoA.
+        block_bytes: str(lora_int_id) -> bytes of the blocks of W that an adapter in a slot uses.
+        weight_bytes: of all weights of the layers that take SMoA; layers: how many there are.
+        partition_bytes: device bytes of the weight blocks and orders kept for their partitions.
     """
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
     if worker.lora_config is None:
@@ -36,6 +42,9 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         "steps": manager.steps,
         "tokens": {str(lora_id): count for lora_id, count in manager.tokens().items()},
         "resident_bytes": {str(lora_id): size for lora_id, size in manager.resident_bytes().items()},
+        "cost": dataclasses.asdict(smoa_layers[0].smoa_bank.cost) if smoa_layers else None,
+        "block_bytes": {str(lora_id): size for lora_id, size in manager.block_bytes().items()},
+        "weight_bytes": sum(layer.smoa_weight.dequantized_bytes for layer in smoa_layers),
         "layers": len(smoa_layers),
         "partition_bytes": sum(layer.smoa_bank.partition_bytes for layer in smoa_layers),
     }

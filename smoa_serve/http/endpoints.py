@@ -1,5 +1,6 @@
 """Routes of this project in vLLM's API server; they stand under /v1 and so behind the same `--api-key`."""
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
@@ -9,6 +10,8 @@ from pydantic import BaseModel, Field
 from smoa_serve.http import moves
 from smoa_serve.http.counting import served
 from smoa_serve.http.ladder import Ladder, step_of
+from smoa_serve.http.ladder_loop import LadderLoop
+from smoa_serve.settings import Settings
 
 router = APIRouter(prefix="/v1/smoa")
 
@@ -75,6 +78,36 @@ async def list_adapters(raw_request: Request) -> AdapterList:
     return AdapterList(data=data)
 
 
+class PolicyInfo(BaseModel):
+    """What the automatic policy may do, what it sees, and what it did last."""
+
+    merge: bool
+    resident: bool
+    budget_bytes: int
+    tokens_per_step: float = Field(description="base and adapters, weighted towards the last intervals")
+    adapters: dict[str, float] = Field(description="tokens per step of each adapter that had any")
+    pinned: list[str]
+    decisions: list[dict[str, str]] = Field(description="newest first: time, name, action, reason, result")
+
+
+@router.get("/policy")
+async def show_policy(raw_request: Request) -> PolicyInfo:
+    """Why adapters reside where they do."""
+    state = raw_request.app.state
+    loop: LadderLoop = state.smoa_policy
+    allowed, rates = loop.allowed, loop.rates
+    names = {str(revision.lora_int_id): name for name, revision in state.openai_serving_models.revisions.items()}
+    return PolicyInfo(
+        merge=allowed.merge,
+        resident=allowed.resident,
+        budget_bytes=allowed.budget_bytes,
+        tokens_per_step=rates.all,
+        adapters={names[number]: rate for number, rate in sorted(rates.tokens.items()) if number in names and rate},
+        pinned=sorted(state.smoa_ladder.pinned),
+        decisions=list(loop.decisions),
+    )
+
+
 class EndpointPlugin:
     """The `vllm.endpoint_plugins` entry point. vLLM loads it when `VLLM_PLUGINS` names smoa_serve."""
 
@@ -88,4 +121,9 @@ class EndpointPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The ladder of this server; all else is vLLM's own state."""
+        settings = Settings.from_environment()
         state.smoa_ladder = Ladder(engine_client)
+        state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
+        if engine_client.vllm_config.lora_config is not None:
+            # Kept in the state: a task that nothing refers to may be collected.
+            state.smoa_policy_task = asyncio.create_task(state.smoa_policy.run(state))

@@ -1,14 +1,16 @@
 """The model that is trained: the base from its checkpoint, with a new adapter or one that goes on."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from ..base_checkpoint import BaseCheckpoint
-from ..errors import ConfigError
+from ..errors import BaseModelError, ConfigError
 from ..peft import SMoAConfig, SMoAModel
 from ..targets import select_modules, unmatched
 from .config import AdapterSettings, HiraSettings, LoraSettings, SmoaSettings, TrainConfig
@@ -60,10 +62,19 @@ def load_model(config: TrainConfig, base: BaseCheckpoint, checkpoint: Path | Non
         config: checked against the base.
         base: the checkpoint.
         checkpoint: adapter to go on with; its recorded blocks are taken, no order is computed.
+
+    Raises:
+        BaseModelError: transformers cannot make a model of the base.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=config.dtype)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base model {config.base!r}: transformers cannot load it: {error}") from error
+    if torch.cuda.is_available():
+        # Before the adapter is made: spectral orders take minutes less there.
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     model.config.use_cache = False
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -41,7 +41,7 @@ def open_output(config: TrainConfig, *, resume: bool) -> Path | None:
     if not is_first_process():
         return None
     output = config.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not _is_unused(output):
         raise ConfigError(
             f"output {output}: it exists and is not an empty folder; go on with it (--resume), choose another or "
             "remove it"
@@ -51,6 +51,14 @@ def open_output(config: TrainConfig, *, resume: bool) -> Path | None:
     return None
 
 
+def _is_unused(output: Path) -> bool:
+    """Empty, or left behind by a run that ended before its first checkpoint."""
+    if not output.is_dir():
+        return False
+    names = {entry.name for entry in output.iterdir()}
+    return names <= {STATE_NAME, CHECKPOINTS} and not any((output / CHECKPOINTS).glob("checkpoint-*"))
+
+
 def _checkpoint_of(config: TrainConfig, described: dict[str, Any]) -> Path:
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -58,7 +66,7 @@ def _checkpoint_of(config: TrainConfig, described: dict[str, Any]) -> Path:
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     state = config.output / STATE_NAME
     if found is None or not state.is_file():
-        raise ConfigError(f"--resume: there is no checkpoint below {folder} yet; remove {config.output} and start anew")
+        raise ConfigError(f"--resume: there is no checkpoint below {folder} yet; start without --resume")
     before = json.loads(state.read_text(encoding="utf-8"))
     changed = sorted(_differences(before, described))
     if changed:

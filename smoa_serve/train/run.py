@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ..base_checkpoint import BaseCheckpoint
+from ..errors import BaseModelError
 from .config import TrainConfig
 from .data import read_examples
 from .model import adapted_modules, load_model
@@ -70,7 +71,10 @@ def _read_data(config: TrainConfig, base: BaseCheckpoint) -> tuple[TokenizedData
     from transformers import AutoTokenizer
 
     examples, measured = read_examples(config.data.train), read_examples(config.data.validation)
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base model {config.base!r}: its tokenizer cannot be read: {error}") from error
     encode = partial(tokenize, tokenizer=tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return encode(examples), encode(measured) if measured else None, pad

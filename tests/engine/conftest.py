@@ -76,6 +76,7 @@ def vllm_environment(folder: Path, **extra: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "HF_HUB_OFFLINE": "1",
+        "SMOA_AUTO_RESIDENT": "0",  # tests move adapters themselves
         "SMOA_STORE_DIR": str(folder / "store"),
         "SMOA_CACHE_DIR": str(folder / "cache"),
         **extra,

@@ -1,0 +1,125 @@
+"""The automatic policy at work: looks at the traffic every few seconds, moves adapters, says what it did last."""
+
+import asyncio
+import logging
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any
+
+from smoa_kernels.cost import CostModel
+
+from smoa_serve.adapter import AdapterKind
+from smoa_serve.errors import MoveRefusedError
+from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
+from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
+from smoa_serve.http.moves import MAX_LOST
+from smoa_serve.http.revisions import Revision
+from smoa_serve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 20
+CPU_MIB = 1024
+
+
+class LadderLoop:
+    """Runs the policy of one server.
+
+    Args:
+        engine: vLLM's client.
+        ladder: does the moves.
+        settings: of the server.
+
+    Attributes:
+        rates: tokens per step.
+        decisions: the last ones, newest first, with what came of them.
+    """
+
+    def __init__(self, engine: Any, ladder: Ladder, settings: Settings) -> None:
+        self._engine, self._ladder, self._settings = engine, ladder, settings
+        self.rates = Rates()
+        self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
+        self._policy: Policy | None = None
+        self._refused: set[str] = set()
+
+    @property
+    def allowed(self) -> PolicySettings:
+        """What the settings of this server let the policy do."""
+        mib = self._settings.ladder_mib
+        if mib is None:
+            mib = CPU_MIB if self._engine.vllm_config.device_config.device_type == "cpu" else 0
+        return PolicySettings(self._settings.auto_merge, self._settings.auto_resident, mib << 20)
+
+    async def run(self, state: Any) -> None:
+        """Until the server ends.
+
+        Args:
+            state: of the API server; names vLLM's registry of models.
+        """
+        while True:
+            await asyncio.sleep(self._settings.policy_interval_s)
+            try:
+                await self.look(state.openai_serving_models.revisions)
+            except Exception:
+                if getattr(self._engine, "errored", False):
+                    return  # the engine is dead, which vLLM reports itself
+                logger.exception("The residence policy failed; it tries again")
+
+    async def look(self, revisions: dict[str, Revision]) -> None:
+        """One interval: measure, decide, move."""
+        statuses = await self._engine.collective_rpc("smoa_status")
+        status = statuses[0]
+        if status.get("cost") is None or status.get("refusal"):
+            return
+        loads = [
+            _load(revision, statuses, self.rates)
+            for revision in revisions.values()
+            if revision.staged.kind is not AdapterKind.LORA
+        ]
+        for load in loads:
+            STEP.labels(load.name).set(STEPS.index(load.step))
+            BYTES.labels(load.name).set(_held(load.name, revisions, statuses))
+        if not self.rates.observe(status["steps"], status["tokens"]):
+            return
+        if self._policy is None:
+            self._policy = Policy(self.allowed, CostModel(**status["cost"]))
+        movable = [load for load in loads if load.name not in self._ladder.pinned | self._refused]
+        for decision in self._policy.decide(movable, self.rates.all):
+            await self._act(decision, revisions[decision.name])
+
+    async def _act(self, decision: Decision, revision: Revision) -> None:
+        try:
+            match decision.action:
+                case "merge":
+                    move = await self._ladder.merge(revision, self._settings.merge_policy, MAX_LOST)
+                case "resident":
+                    move = await self._ladder.make_resident(revision)
+                case "unmerge" | "slot":
+                    move = await self._ladder.to_slot(revision)
+            came = f"{move.step} after {move.seconds:.1f} s"
+        except MoveRefusedError as error:
+            self._refused.add(decision.name)  # asking again would be refused again
+            came = f"refused: {error}"
+        logger.info("Policy: %s %s (%s): %s", decision.action, decision.name, decision.reason, came)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.decisions.appendleft({"time": now, **vars(decision), "result": came})
+
+
+def _load(revision: Revision, statuses: list[dict[str, Any]], rates: Rates) -> Load:
+    number = str(revision.lora_int_id)
+    blocks = sum(status["block_bytes"].get(number, 0) for status in statuses)
+    weights = sum(status["weight_bytes"] for status in statuses)
+    return Load(
+        name=revision.name,
+        step=step_of(statuses, revision.lora_int_id),
+        tokens=rates.tokens.get(number, 0.0),
+        rank=revision.staged.max_rank,
+        num_blocks=revision.staged.num_blocks,
+        resident_bytes=blocks,
+        merged_bytes=weights + blocks,
+    )
+
+
+def _held(name: str, revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> int:
+    number = str(revisions[name].lora_int_id)
+    return sum(status["resident_bytes"].get(number, 0) for status in statuses)

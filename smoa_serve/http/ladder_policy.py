@@ -1,0 +1,189 @@
+"""Decides where adapters should reside, from their traffic and the kernels' cost model. Asks nobody, moves nothing."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from smoa_kernels.cost import CostModel
+
+Action = Literal["merge", "unmerge", "resident", "slot"]
+# Weight of the newest interval in a token rate.
+NEWEST = 0.5
+# A step costs its tokens and, however few they are, the reading of the weights: about so many tokens' worth.
+READING = 4.0
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What the policy may do.
+
+    Attributes:
+        merge, resident: whether it may move adapters there.
+        budget_bytes: for resident blocks and merged weights, all workers.
+        gain: least share of a step's cost that a move up has to save.
+        up_after, down_after: intervals in a row that have to speak for a move up, or down.
+    """
+
+    merge: bool
+    resident: bool
+    budget_bytes: int
+    gain: float = 0.03
+    up_after: int = 2
+    down_after: int = 3
+
+
+@dataclass(frozen=True)
+class Load:
+    """One adapter as it is used now.
+
+    Attributes:
+        name: of the adapter.
+        step: where it resides.
+        tokens: of it in a step, on average.
+        rank: widest branch; num_blocks: K.
+        resident_bytes, merged_bytes: what each step of the ladder takes or would take.
+    """
+
+    name: str
+    step: str
+    tokens: float
+    rank: int
+    num_blocks: int
+    resident_bytes: int
+    merged_bytes: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A move and why."""
+
+    name: str
+    action: Action
+    reason: str
+
+
+@dataclass
+class Rates:
+    """Exponentially weighted tokens per step, from counters that only grow.
+
+    Attributes:
+        tokens: key -> tokens per step; all: of everything.
+    """
+
+    tokens: dict[str, float] = field(default_factory=dict)
+    _steps: int = 0
+    _seen: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def all(self) -> float:
+        """Tokens per step, base included."""
+        return sum(self.tokens.values())
+
+    def observe(self, steps: int, counters: dict[str, int]) -> bool:
+        """Takes the counters of now; whether there was any step since the last time."""
+        passed = steps - self._steps
+        new = Counter(counters)
+        if passed > 0:
+            for key in {*self.tokens, *new}:
+                rate = max(new[key] - self._seen[key], 0) / passed
+                self.tokens[key] = NEWEST * rate + (1 - NEWEST) * self.tokens.get(key, rate)
+        self._steps, self._seen = steps, new
+        return passed > 0
+
+
+class Policy:
+    """Turns loads into moves, with hysteresis: a wish has to stand for some intervals before it is acted on.
+
+    Args:
+        settings: what it may do.
+        cost: the kernels' cost model on this server.
+    """
+
+    def __init__(self, settings: PolicySettings, cost: CostModel) -> None:
+        self.settings, self._cost = settings, cost
+        self._wishes: Counter[tuple[str, Action]] = Counter()
+
+    def decide(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
+        """The moves to make now, those that free memory first.
+
+        Args:
+            loads: of every adapter that may be moved.
+            all_tokens: tokens of a step, base included.
+        """
+        wishes = [*self._down(loads, all_tokens), *self._up(loads, all_tokens)]
+        standing = {(wish.name, wish.action) for wish in wishes}
+        self._wishes = Counter({key: self._wishes[key] + 1 for key in standing})
+        due = [wish for wish in wishes if self._wishes[wish.name, wish.action] >= self._patience(wish.action)]
+        for wish in due:
+            del self._wishes[wish.name, wish.action]
+        return due
+
+    def _patience(self, action: Action) -> int:
+        return self.settings.down_after if action in ("unmerge", "slot") else self.settings.up_after
+
+    def _down(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
+        found = []
+        for load in loads:
+            if load.step == "merged" and (saved := self.merge_gain(load, all_tokens)) < 0:
+                found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged costs")))
+            elif load.step == "resident" and (saved := self.resident_gain(load, all_tokens)) <= 0:
+                found.append(Decision(load.name, "slot", _says(load, all_tokens, saved, "resident costs")))
+        return found
+
+    def _up(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
+        free = self.settings.budget_bytes - sum(_held(load) for load in loads)
+        found = []
+        merged = self._best_merge(loads, all_tokens, free)
+        if merged is not None:
+            free -= merged.merged_bytes - _held(merged)
+            saved = self.merge_gain(merged, all_tokens)
+            found.append(Decision(merged.name, "merge", _says(merged, all_tokens, saved, "merged saves")))
+        if not self.settings.resident:
+            return found
+        for load in sorted(loads, key=lambda load: -self.resident_gain(load, all_tokens)):
+            saved = self.resident_gain(load, all_tokens)
+            wanted = load.step == "slot" and load is not merged and saved >= self.settings.gain
+            if wanted and load.resident_bytes <= free:
+                free -= load.resident_bytes
+                found.append(Decision(load.name, "resident", _says(load, all_tokens, saved, "resident saves")))
+        return found
+
+    def _best_merge(self, loads: Iterable[Load], all_tokens: float, free: int) -> Load | None:
+        if not self.settings.merge or any(load.step == "merged" for load in loads):
+            return None
+        best = max(loads, key=lambda load: self.merge_gain(load, all_tokens), default=None)
+        if best is None or self.merge_gain(best, all_tokens) < self.settings.gain:
+            return None
+        return best if best.merged_bytes - _held(best) <= free else None
+
+    def resident_gain(self, load: Load, all_tokens: float) -> float:
+        """Share of a step's cost that the adapter saves by being resident instead of in its slot."""
+        if load.tokens == 0:
+            return 0.0
+        return (self._slot_rows(load) - self._resident_rows(load)) / load.num_blocks / (all_tokens + READING)
+
+    def merge_gain(self, load: Load, all_tokens: float) -> float:
+        """Share of a step's cost that merging saves against the best other step: the adapter's own delta costs nothing,
+        and every other token takes the difference back."""
+        own = min(self._slot_rows(load), self._resident_rows(load)) if load.tokens else 0.0
+        others = all_tokens - load.tokens
+        # Steps without others pay nothing; a part of a token means a part of the steps.
+        back = others + min(others, 1.0) * self._cost.resident
+        return (own - back) / load.num_blocks / (all_tokens + READING)
+
+    def _slot_rows(self, load: Load) -> float:
+        formed = load.tokens + self._cost.form + self._cost.form_per_rank * load.rank
+        return min(load.tokens * load.rank, formed)
+
+    def _resident_rows(self, load: Load) -> float:
+        return load.tokens + min(load.tokens, 1.0) * self._cost.resident
+
+
+def _held(load: Load) -> int:
+    return {"resident": load.resident_bytes, "merged": load.merged_bytes}.get(load.step, 0)
+
+
+def _says(load: Load, all_tokens: float, saved: float, what: str) -> str:
+    share = load.tokens / all_tokens if all_tokens else 0.0
+    return f"{share:.0%} of {all_tokens:.1f} tokens a step: {what} {abs(saved):.1%} of a step"

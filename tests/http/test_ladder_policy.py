@@ -1,0 +1,98 @@
+"""The automatic policy, on made-up loads."""
+
+import dataclasses
+
+import pytest
+from smoa_kernels.cost import CostModel
+
+from smoa_serve.http.ladder_policy import Load, Policy, PolicySettings, Rates
+
+COST = CostModel(form=5.0, form_per_rank=1.0, resident=1.0)
+ALLOWED = PolicySettings(merge=True, resident=True, budget_bytes=1000)
+
+
+def load(name: str = "a", step: str = "slot", tokens: float = 8.0, **facts: int) -> Load:
+    return Load(
+        name, step, tokens, **({"rank": 4, "num_blocks": 4, "resident_bytes": 100, "merged_bytes": 500} | facts)
+    )
+
+
+def moves(policy: Policy, loads: list[Load], all_tokens: float, intervals: int = 1) -> list[tuple[str, str]]:
+    """What is decided in the last of some equal intervals."""
+    decisions = [policy.decide(loads, all_tokens) for _ in range(intervals)]
+    return [(decision.name, decision.action) for decision in decisions[-1]]
+
+
+def test_an_adapter_with_nearly_all_tokens_is_merged() -> None:
+    assert moves(Policy(ALLOWED, COST), [load(tokens=15), load("b", tokens=0.5)], 16, 2) == [("a", "merge")]
+
+
+def test_an_adapter_with_a_fifth_of_the_tokens_becomes_resident() -> None:
+    assert moves(Policy(ALLOWED, COST), [load(tokens=4), load("b", tokens=0.2)], 20, 2) == [("a", "resident")]
+
+
+def test_merging_is_off_unless_allowed() -> None:
+    policy = Policy(dataclasses.replace(ALLOWED, merge=False), COST)
+    assert moves(policy, [load(tokens=16)], 16, 2) == [("a", "resident")]
+    policy = Policy(dataclasses.replace(ALLOWED, merge=False, resident=False), COST)
+    assert moves(policy, [load(tokens=16)], 16, 2) == []
+
+
+def test_a_wish_has_to_stand() -> None:
+    policy = Policy(ALLOWED, COST)
+    hot, cold = [load(tokens=15)], [load(tokens=0.1)]
+    assert moves(policy, hot, 16) == []
+    assert moves(policy, cold, 16) == []
+    assert moves(policy, hot, 16) == []
+    assert moves(policy, hot, 16) == [("a", "merge")]
+
+
+def test_what_no_longer_pays_goes_down_after_a_while() -> None:
+    policy = Policy(ALLOWED, COST)
+    loads = [load(step="merged", tokens=1), load("b", "resident", tokens=0)]
+    assert moves(policy, loads, 16, 2) == []
+    assert moves(policy, loads, 16) == [("a", "unmerge"), ("b", "slot")]
+
+
+def test_between_up_and_down_nothing_moves() -> None:
+    """A gain that is too small to move for is too large to move back for."""
+    policy = Policy(ALLOWED, COST)
+    tokens = 13.2
+    gain = policy.merge_gain(load(tokens=tokens), 24)
+    assert 0 <= gain < ALLOWED.gain
+    for step in ("slot", "merged"):
+        assert ("a", "merge") not in moves(Policy(ALLOWED, COST), [load(step=step, tokens=tokens)], 24, 5)
+        assert ("a", "unmerge") not in moves(Policy(ALLOWED, COST), [load(step=step, tokens=tokens)], 24, 5)
+
+
+def test_one_adapter_is_merged_at_a_time() -> None:
+    policy = Policy(ALLOWED, COST)
+    assert moves(policy, [load(tokens=15), load("b", "merged", tokens=1)], 16, 2) == [("a", "resident")]
+    assert moves(policy, [load(tokens=15), load("b", "merged", tokens=1)], 16) == [("b", "unmerge")]
+
+
+def test_the_budget_holds() -> None:
+    policy = Policy(dataclasses.replace(ALLOWED, merge=False, budget_bytes=250), COST)
+    loads = [load("a", tokens=9), load("b", tokens=8), load("c", tokens=7), load("d", "resident", tokens=6)]
+    assert moves(policy, loads, 30, 2) == [("a", "resident")]
+    policy = Policy(dataclasses.replace(ALLOWED, budget_bytes=499), COST)
+    assert moves(policy, [load(tokens=16)], 16, 2) == [("a", "resident")]
+
+
+def test_a_decision_says_why() -> None:
+    policy = Policy(ALLOWED, COST)
+    policy.decide([load(tokens=15)], 16)
+    (decision,) = policy.decide([load(tokens=15)], 16)
+    assert decision.reason.startswith("94% of 16.0 tokens a step: merged saves ")
+
+
+def test_rates_follow_the_counters() -> None:
+    rates = Rates()
+    assert rates.observe(10, {"0": 20, "7": 40})
+    assert rates.tokens == {"0": 2.0, "7": 4.0}
+    assert not rates.observe(10, {"0": 20, "7": 40})
+    assert rates.observe(20, {"0": 40, "7": 40, "8": 10})
+    assert rates.tokens == {"0": 2.0, "7": 2.0, "8": pytest.approx(1.0)}
+    assert rates.all == pytest.approx(5.0)
+    rates.observe(30, {"0": 60})  # the engine forgot an adapter
+    assert rates.tokens["7"] == 1.0
