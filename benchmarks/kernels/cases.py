@@ -123,7 +123,7 @@ class Grid:
     long_numel: int = 1 << 40
     long_adapters: tuple[int, ...] = (1, 64)
     workload_layer: str = "4096x4096"
-    workload_tokens: tuple[int, ...] = (1, 8, 32, 64, 256)
+    workload_tokens: tuple[int, ...] = (1, 8, 64, 256)
     workload_configurations: tuple[tuple[int, int], ...] = ((16, 4), (32, 8))
     slots: int = 256
     bare_tokens: tuple[int, ...] = ()

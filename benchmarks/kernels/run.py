@@ -21,7 +21,7 @@ from benchmarks.kernels.point import BASE, DENSE, SINGLE_PASS, Point
 from benchmarks.kernels.timing import Budget, Call, measure
 
 DTYPE = torch.bfloat16
-BUDGET = Budget(seconds_each=0.2, least=4, most=25, patience_s=2.0)
+BUDGET = Budget(seconds_each=0.12, least=4, most=25, patience_s=1.0)
 QUICK_BUDGET = Budget(seconds_each=0.1, least=4, most=15, patience_s=1.0)
 DENSE_BUDGET = Budget(seconds_each=1.0, least=3, most=10, patience_s=2.0)
 DENSE_TOKENS, DENSE_ADAPTERS = 8, (1, 8)  # where the dense way is measured; it costs the same per adapter elsewhere
