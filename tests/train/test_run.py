@@ -104,7 +104,7 @@ def _settings(method: str) -> Any:
 
 def test_only_the_same_fine_tune_can_be_resumed(make_config: Callable[..., Any], write_data: Any) -> None:
     config = make_config()
-    with pytest.raises(ConfigError, match="there is no checkpoint below"):
+    with pytest.raises(ConfigError, match="start without --resume"):
         train(config, QUIET, resume=True)
     train(config, QUIET)
     with pytest.raises(ConfigError, match="exists and is not an empty folder; go on with it"):
@@ -188,6 +188,43 @@ def test_a_method_that_this_peft_does_not_know_is_named(
 def test_a_missing_base_is_named(make_config: Callable[..., Any]) -> None:
     with pytest.raises(BaseModelError, match="no/such/base"):
         train(make_config(base="no/such/base"), QUIET)
+
+
+def test_a_base_that_cannot_be_trained_is_named(
+    make_config: Callable[..., Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base, bare)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(BaseModelError, match=r"bare': its tokenizer cannot be read"):
+        train(make_config(base=str(bare)), QUIET)
+    strange = tmp_path / "strange"
+    shutil.copytree(tiny_base, strange)
+    settings = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps(settings | {"model_type": "no-such-model"}))
+    with pytest.raises(BaseModelError, match=r"strange': (its tokenizer cannot be read|transformers cannot load it)"):
+        train(make_config(base=str(strange)), QUIET)
+    quantized = tmp_path / "quantized"
+    shutil.copytree(tiny_base, quantized)
+    (quantized / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match=r"quantized' is quantized; train on the float checkpoint"):
+        train(make_config(base=str(quantized)), QUIET)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_nothing_in_the_way(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Early(run.ProgressCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "ProgressCallback", Early)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(), QUIET)
+    assert train(make_config(), QUIET)["steps"] == 4
 
 
 def test_a_loss_that_is_no_number_ends_the_training(make_config: Callable[..., Any]) -> None:
