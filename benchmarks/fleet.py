@@ -1,15 +1,17 @@
 """The servers a comparison needs, all up at the same time, and the variants that are measured on them."""
 
 import asyncio
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from smoa_serve.cli.load import LoadResult, make_jobs, run_load
+from smoa_serve.cli.bench import summary
+from smoa_serve.cli.load import Job, LoadResult, make_jobs, run_load
 from smoa_serve.demo.server import ServerProcess, free_port, serve_command
 from smoa_serve.order_cache import cache_root
 
@@ -21,6 +23,8 @@ ENVIRONMENT = {
     # Several servers share the cores, one works at a time: none may bind threads of its own to a core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",
+    # What is measured stays where it is, unless a server's own environment says otherwise.
+    "SMOA_AUTO_RESIDENT": "0",
 }
 STOCK = {"VLLM_PLUGINS": ""}
 
@@ -34,12 +38,14 @@ class Server:
         plugin: with this project's plugin, or stock vLLM.
         adapters: name → folder; with none, LoRA is not even enabled.
         flags: of vLLM, beside those all servers have.
+        environment: variables beside those all servers have.
     """
 
     name: str
     plugin: bool
     adapters: Mapping[str, Path]
     flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, base: Path, port: int) -> list[str]:
         """How it is started."""
@@ -93,6 +99,11 @@ class Repeat:
     load: LoadResult
     cpu_s: float
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.load.tokens_per_s:.1f} tokens/s, {self.cpu_s:.1f} s of processor time"
+
 
 @contextmanager
 def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator[dict[str, ServerProcess]]:
@@ -107,7 +118,7 @@ def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator
         processes = {}
         for server in servers:  # all at once: most of a start is imports on one core
             port = free_port()
-            environment = ENVIRONMENT | ({} if server.plugin else STOCK)
+            environment = ENVIRONMENT | ({} if server.plugin else STOCK) | dict(server.environment)
             log = logs / f"{base.resolve().parent.name.lstrip('.')}-{server.name.replace(' ', '-')}.log"
             process = ServerProcess(server.command(base, port), port, log, environment)
             processes[server.name] = stack.enter_context(process)
@@ -136,13 +147,41 @@ def measure(
     for repeat in range(repeats):
         for variant in variants if repeat % 2 == 0 else reversed(variants):
             jobs = make_jobs(variant.models, load.streams, load.input_tokens, load.output_tokens, seed=repeat + 1)
-            server = servers[variant.server]
-            before = server.cpu_seconds()
-            result = asyncio.run(run_load(server.url, jobs, load.streams))
-            results[variant.name].append(Repeat(result, server.cpu_seconds() - before))
-            figure = f"{result.tokens_per_s:.1f} tokens/s, {results[variant.name][-1].cpu_s:.1f} s of processor time"
-            console.print(f"repeat {repeat + 1} of {repeats}: {variant.name}: {figure}", highlight=False)
+            found = one_repeat(servers[variant.server], jobs, load.streams)
+            results[variant.name].append(found)
+            console.print(f"repeat {repeat + 1} of {repeats}: {variant.name}: {found.words}", highlight=False)
     return results
+
+
+def one_repeat(server: ServerProcess, jobs: Sequence[Job], streams: int) -> Repeat:
+    """Send all jobs to a server and measure.
+
+    Args:
+        server: which is ready.
+        jobs: what to ask.
+        streams: concurrent requests.
+    """
+    before = server.cpu_seconds()
+    result = asyncio.run(run_load(server.url, jobs, streams))
+    return Repeat(result, server.cpu_seconds() - before)
+
+
+def speeds(repeats: Sequence[Repeat]) -> list[float]:
+    """Tokens/s of each."""
+    return [repeat.load.tokens_per_s for repeat in repeats]
+
+
+def figures(repeats: Sequence[Repeat]) -> dict[str, object]:
+    """What a line of results says of all repeats of a variant: throughput, spread, processor time, latencies."""
+    found = speeds(repeats)
+    samples = [sample for repeat in repeats for sample in repeat.load.samples]
+    return {
+        "tokens_per_s": round(statistics.median(found), 2),
+        "spread": [round(min(found), 2), round(max(found), 2)],
+        "values": [round(speed, 2) for speed in found],
+        "cpu_s": [round(repeat.cpu_s, 2) for repeat in repeats],
+        **{key: round(value, 2) for key, value in summary(samples).items()},
+    }
 
 
 def _on_gpu() -> bool:

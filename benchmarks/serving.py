@@ -2,7 +2,6 @@
 
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.bars import Bar, ratio_bar
 from benchmarks.dense import delta_bar
-from benchmarks.fleet import Load, Repeat, Server, Variant, measure, running
+from benchmarks.fleet import Load, Repeat, Server, Variant, figures, measure, running, speeds
 from benchmarks.random_models import QWEN_05B, QWEN_05B_QUICK, random_base, random_lora, random_smoa
 from smoa_serve.cli.bench import summary
 from smoa_serve.demo.models import ensure_models
@@ -92,57 +91,37 @@ def _smoa_name(count: int, rank: int, num_blocks: int) -> str:
     return f"{count} SMoA r={rank} K={num_blocks}"
 
 
-def _speeds(results: Sequence[Repeat]) -> list[float]:
-    return [result.load.tokens_per_s for result in results]
-
-
 def _bars(results: dict[str, list[Repeat]]) -> list[Bar]:
-    speeds = {name: _speeds(found) for name, found in results.items()}
-    plugin, stock, enabled = (speeds[f"base, {name}"] for name in (PLUGIN, STOCK, LORA))
+    found = {name: speeds(repeats) for name, repeats in results.items()}
+    plugin, stock, enabled = (found[f"base, {name}"] for name in (PLUGIN, STOCK, LORA))
     bars = [
         ratio_bar("base with the plugin / vLLM alone", plugin, stock, 0.97),
         ratio_bar("base with the plugin / vLLM with --enable-lora", plugin, enabled, 0.97),
     ]
     for rank, num_blocks in CONFIGURATIONS:
         name = _smoa_name(ADAPTERS, rank, num_blocks)
-        lora = speeds[f"{ADAPTERS} LoRA r={LORA_RANK}"]
-        bars.append(ratio_bar(f"{name} / {ADAPTERS} LoRA r={LORA_RANK}", speeds[name], lora, 1.0))
-        bars.append(ratio_bar(f"{name} / base, vLLM alone", speeds[name], stock, 0.5))
+        lora = found[f"{ADAPTERS} LoRA r={LORA_RANK}"]
+        bars.append(ratio_bar(f"{name} / {ADAPTERS} LoRA r={LORA_RANK}", found[name], lora, 1.0))
+        bars.append(ratio_bar(f"{name} / base, vLLM alone", found[name], stock, 0.5))
     return bars
 
 
 def _rows(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for name, found in results.items():
-        speeds = _speeds(found)
-        samples = [sample for result in found for sample in result.load.samples]
-        rows.append(
-            {
-                "kind": "serving",
-                "model": model,
-                "variant": name,
-                "load": asdict(plan.load),
-                "tokens_per_s": round(statistics.median(speeds), 2),
-                "spread": [round(min(speeds), 2), round(max(speeds), 2)],
-                "values": [round(speed, 2) for speed in speeds],
-                "cpu_s": [round(result.cpu_s, 2) for result in found],
-                **{key: round(value, 2) for key, value in summary(samples).items()},
-            }
-        )
-    return rows
+    shared = {"kind": "serving", "model": model, "load": asdict(plan.load)}
+    return [{**shared, "variant": name, **figures(found)} for name, found in results.items()]
 
 
 def _table(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> Table:
     load = plan.load
     title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
     table = Table("variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "CPU s", "of base", title=title)
-    reference = _speeds(results[f"base, {STOCK}"])
+    reference = speeds(results[f"base, {STOCK}"])
     for name, found in results.items():
-        speeds = _speeds(found)
+        reached = speeds(found)
         facts = summary([sample for result in found for sample in result.load.samples])
-        share = statistics.median(a / b for a, b in zip(speeds, reference, strict=True))
-        spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
+        share = statistics.median(a / b for a, b in zip(reached, reference, strict=True))
+        spread = f"{min(reached):.1f} to {max(reached):.1f}"
         cpu_s = statistics.median(result.cpu_s for result in found)
         times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}", f"{cpu_s:.1f}")
-        table.add_row(name, f"{statistics.median(speeds):.1f}", spread, *times, f"{share:.2f}")
+        table.add_row(name, f"{statistics.median(reached):.1f}", spread, *times, f"{share:.2f}")
     return table
