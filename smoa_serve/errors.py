@@ -48,3 +48,7 @@ class CompatibilityError(SmoaError):
 
 class MoveRefusedError(AdapterError):
     """An adapter cannot be moved to that step of the ladder now."""
+
+
+class MergeLossError(SmoaError):
+    """Rounding would remove more of an update than is allowed."""

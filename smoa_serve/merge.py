@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from .adapter import AdapterKind
 from .base_checkpoint import BaseCheckpoint
-from .errors import AdapterError, BaseModelError
+from .errors import AdapterError, BaseModelError, MergeLossError
 from .formats import LoadOptions, load_adapter
 from .formats.config import kind_of
 from .formats.lora import LoraFiles, load_lora
 from .formats.source import Source, open_source
+from .merge_loss import Lost, too_much_lost
 from .order_cache import Progress
 from .output_folder import new_folder
 from .stored_tensors import StoredTensor
@@ -29,6 +31,19 @@ LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "mod
 
 Delta = Callable[[Tensor], Tensor]
 """Weight [H_out, H_in] → its update [H_out, H_in], float32."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A written checkpoint.
+
+    Attributes:
+        path: its folder.
+        lost: module -> share of its update that rounding to the weight's dtype removed.
+    """
+
+    path: Path
+    lost: dict[str, float]
 
 
 def load_deltas(
@@ -59,8 +74,9 @@ def merge(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    max_lost: float | None = None,
     progress: Progress | None = None,
-) -> Path:
+) -> Merged:
     """Write base + update as a checkpoint of its own. Memory is bounded by one shard and one layer's update.
 
     Args:
@@ -70,20 +86,25 @@ def merge(
         dtype: "float32", "bfloat16" or "float16" for every float tensor; as stored by default. The sum is formed in
             float32 and rounded once.
         shard_bytes: size of the files written.
+        max_lost: largest share of a layer's update that rounding may remove; None = any.
         progress: called as (tensor, bytes done, bytes in all).
 
     Raises:
         BaseModelError: the base is quantized.
+        MergeLossError: rounding removes more than `max_lost`; nothing is written then.
         ConfigError: `out` is in use.
     """
     if base.is_quantized:
         raise BaseModelError(f"base model {base.path.name!r} is quantized: merge into the original weights")
     updates = {base.stored(name).name: (name, delta) for name, delta in deltas.items()}
     with new_folder(out) as folder:
-        _write_tensors(base, updates, folder, dtype, shard_bytes, progress)
+        lost = _write_tensors(base, updates, folder, dtype, shard_bytes, progress)
+        reasons = [] if max_lost is None else too_much_lost(lost, max_lost, "choose a wider --dtype")
+        if reasons:
+            raise MergeLossError("; ".join(reasons))
         _copy_companions(base.path, folder)
         _write_config(base, folder, dtype)
-    return Path(out)
+    return Merged(Path(out), lost)
 
 
 def _lora_deltas(source: Source, files: LoraFiles, base: BaseCheckpoint) -> dict[str, Delta]:
@@ -115,7 +136,9 @@ def _write_tensors(
     dtype: str | None,
     shard_bytes: int,
     progress: Progress | None,
-) -> None:
+) -> dict[str, float]:
+    """Returns module -> share of its update that was lost."""
+
     def size(stored: StoredTensor) -> int:
         converted = dtype is not None and stored.is_float
         return stored.numel * getattr(torch, str(dtype)).itemsize if converted else stored.nbytes
@@ -128,12 +151,13 @@ def _write_tensors(
     )
     total = sum(size(stored) for stored in base.tensors.values())
     done = 0
+    lost: dict[str, float] = {}
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
             if progress:
                 progress(name, done, total)
-            tensors[name] = _merged(base, base.tensors[name], updates.get(name), dtype)
+            tensors[name] = _merged(base, base.tensors[name], updates.get(name), dtype, lost)
             done += size(base.tensors[name])
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if progress:
@@ -141,18 +165,29 @@ def _write_tensors(
     if plan.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return lost
 
 
-def _merged(base: BaseCheckpoint, stored: StoredTensor, update: tuple[str, Delta] | None, dtype: str | None) -> Tensor:
+def _merged(
+    base: BaseCheckpoint,
+    stored: StoredTensor,
+    update: tuple[str, Delta] | None,
+    dtype: str | None,
+    lost: dict[str, float],
+) -> Tensor:
     tensor = stored.read()
     target = getattr(torch, dtype) if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if update is None:
         return tensor.to(target)
-    module, delta = update
+    module, delta_of = update
     transposed = base.is_transposed(module)
     weight = tensor.t() if transposed else tensor
-    merged = delta(weight).add_(weight)
-    return (merged.t() if transposed else merged).to(target).contiguous()
+    delta = delta_of(weight)
+    merged = (delta + weight).to(target)
+    measured = Lost()
+    measured.add(delta, merged.float() - weight.float())
+    lost[module] = measured.share
+    return (merged.t() if transposed else merged).contiguous()
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # As in docs/architecture.md, first to last.
 STAGES = (
-    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "merge_policy", "log_sharing")),
+    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "merge_policy", "merge_loss", "log_sharing")),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
     ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
     ("training", ("peft", "train")),

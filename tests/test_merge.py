@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.errors import AdapterError, BaseModelError, ConfigError
+from smoa_serve.errors import AdapterError, BaseModelError, ConfigError, MergeLossError
 from smoa_serve.merge import load_deltas, merge
 from smoa_serve.merge_check import check_merge
 
@@ -39,7 +39,7 @@ def test_merged_checkpoints_give_the_recorded_logits(
     expected = load_file(vectors / model["expected"])
     for entry in model["adapters"]:
         deltas = load_deltas(vectors / entry["safetensors_dir"], base)
-        folder = merge(base, deltas, tmp_path / entry["name"], dtype=dtype)
+        folder = merge(base, deltas, tmp_path / entry["name"], dtype=dtype).path
         _check_logits(folder, expected, entry["name"], suffix)
 
 
@@ -47,7 +47,7 @@ def test_merged_checkpoints_give_the_recorded_logits(
 def test_every_dtype_passes_its_own_check(vectors: Path, tmp_path: Path, dtype: str) -> None:
     base = BaseCheckpoint.open(vectors / "e2e/tiny-qwen2/base")
     deltas = load_deltas(vectors / "e2e/tiny-qwen2/adapters/mlp_r8_k4_safetensors", base)
-    folder = merge(base, deltas, tmp_path / "merged", dtype=dtype)
+    folder = merge(base, deltas, tmp_path / "merged", dtype=dtype).path
     written = BaseCheckpoint.open(folder)
     assert {written.fingerprint(name).dtype for name in written.linear_modules} == {dtype}
     assert written.config["dtype"] == dtype
@@ -56,17 +56,37 @@ def test_every_dtype_passes_its_own_check(vectors: Path, tmp_path: Path, dtype: 
     assert result.max_abs > 0
 
 
+def test_what_rounding_removes_of_an_update_is_measured_and_may_be_refused(vectors: Path, tmp_path: Path) -> None:
+    base = BaseCheckpoint.open(vectors / "e2e/tiny-qwen2/base")
+    deltas = load_deltas(vectors / "e2e/tiny-qwen2/adapters/mlp_r8_k4_safetensors", base)
+    worst = {}
+    for dtype in ("float32", "bfloat16"):
+        written = merge(base, deltas, tmp_path / dtype, dtype=dtype)
+        assert written.lost.keys() == deltas.keys()
+        worst[dtype] = max(written.lost.values())
+    name = max(written.lost, key=lambda name: written.lost[name])
+    weight = base.weight(name).float()
+    delta = deltas[name](weight)
+    removed = delta - ((weight + delta).bfloat16().float() - weight)
+    assert worst["bfloat16"] == pytest.approx(float(removed.norm() / delta.norm()), rel=1e-3)
+    assert worst["float32"] < worst["bfloat16"] / 1000
+    with pytest.raises(MergeLossError, match=rf"would remove more than .* wider --dtype; .*{name} would lose"):
+        merge(base, deltas, tmp_path / "refused", dtype="bfloat16", max_lost=worst["bfloat16"] * 0.999)
+    assert not (tmp_path / "refused").exists()
+    merge(base, deltas, tmp_path / "allowed", dtype="bfloat16", max_lost=worst["bfloat16"] * 1.001)
+
+
 def test_the_check_notices_a_wrong_merge(vectors: Path, tmp_path: Path) -> None:
     base = BaseCheckpoint.open(vectors / "e2e/tiny-llama/base")
     deltas = load_deltas(vectors / "e2e/tiny-llama/adapters/qv_r8_k2_safetensors", base)
-    wrong = merge(base, dict(list(deltas.items())[1:]), tmp_path / "wrong")
+    wrong = merge(base, dict(list(deltas.items())[1:]), tmp_path / "wrong").path
     assert not check_merge(base, deltas, wrong).passed
 
 
 def test_only_the_adapted_tensors_change_and_companions_come_along(vectors: Path, tmp_path: Path) -> None:
     base = BaseCheckpoint.open(vectors / "e2e/tiny-llama/base")
     deltas = load_deltas(vectors / "e2e/tiny-llama/adapters/qv_r8_k2_safetensors", base)
-    folder = merge(base, deltas, tmp_path / "merged")
+    folder = merge(base, deltas, tmp_path / "merged").path
     before, after = load_file(base.path / "model.safetensors"), load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
@@ -78,8 +98,9 @@ def test_small_shards_get_an_index_and_the_same_tensors(vectors: Path, tmp_path:
     base = BaseCheckpoint.open(vectors / "e2e/tiny-llama/base")
     deltas = load_deltas(vectors / "e2e/tiny-llama/adapters/qv_r8_k2_safetensors", base)
     calls: list[tuple[str, int, int]] = []
-    whole = merge(base, deltas, tmp_path / "whole")
-    parts = merge(base, deltas, tmp_path / "parts", shard_bytes=200_000, progress=lambda *call: calls.append(call))
+    whole = merge(base, deltas, tmp_path / "whole").path
+    written = merge(base, deltas, tmp_path / "parts", shard_bytes=200_000, progress=lambda *call: calls.append(call))
+    parts = written.path
     files = sorted(parts.glob("model-*.safetensors"))
     assert len(files) > 3
     index = json.loads((parts / "model.safetensors.index.json").read_text())
@@ -94,7 +115,7 @@ def test_conv1d_updates_are_turned_into_the_stored_layout(make_base: MakeBase, t
     stored = torch.randn(6, 6)
     base = BaseCheckpoint.open(make_base({f"{module}.weight": stored}, model_type="gpt2"))
     update = torch.randn(6, 6)
-    folder = merge(base, {module: lambda _: update.clone()}, tmp_path / "merged")
+    folder = merge(base, {module: lambda _: update.clone()}, tmp_path / "merged").path
     assert torch.equal(load_file(folder / "model.safetensors")[f"{module}.weight"], stored + update.t())
 
 
@@ -117,7 +138,7 @@ def test_plain_lora_is_merged_as_peft_does(
     lora: tuple[BaseCheckpoint, Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     base, adapter, expected = lora
-    folder = merge(base, load_deltas(adapter, base), tmp_path / "merged")
+    folder = merge(base, load_deltas(adapter, base), tmp_path / "merged").path
     for name, tensor in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 

@@ -134,6 +134,10 @@ def merge(
     out: OutOption,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="As stored by default.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare logits afterwards (needs transformers).")] = False,
+    max_lost: Annotated[
+        float | None,
+        typer.Option("--max-lost", help="Refuse when rounding removes a larger share of an update."),
+    ] = None,
     allow_pickle: AllowPickle = False,
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
@@ -148,8 +152,12 @@ def merge(
         with _progress("spectral orders") as progress:
             deltas = load_deltas(adapter, opened, options, progress=progress)
         with _progress("merging", unit=2**20) as progress:
-            merge_adapter(opened, deltas, out, dtype=dtype.value if dtype else None, progress=progress)
+            written = merge_adapter(
+                opened, deltas, out, dtype=dtype.value if dtype else None, max_lost=max_lost, progress=progress
+            )
         console.print(f"{out}: {len(deltas)} layers merged", soft_wrap=True)
+        worst = max(written.lost, key=lambda name: written.lost[name])
+        console.print(f"rounding removed up to {written.lost[worst]:.2%} of an update ({worst})", soft_wrap=True)
         if check:
             from ..merge_check import check_merge
 

@@ -12,6 +12,7 @@ import torch
 from smoa_serve.engine.exchange import WeightExchange, blocks_of, exchange_of
 from smoa_serve.engine.layers import SmoaLinearMixin
 from smoa_serve.errors import AdapterError, SmoaError
+from smoa_serve.merge_loss import Lost
 from smoa_serve.merge_policy import MergePolicy
 
 logger = logging.getLogger(__name__)
@@ -19,23 +20,6 @@ logger = logging.getLogger(__name__)
 
 class WeightChecksumError(SmoaError):
     """A base weight is not what it was when the server started: nothing may be served from it."""
-
-
-@dataclass
-class Lost:
-    """What rounding to the weight's dtype removes of an update.
-
-    Attributes:
-        removed_square: squared norm of what is removed; update_square: of the update.
-    """
-
-    removed_square: float = 0.0
-    update_square: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Norm of what is removed over the norm of the update."""
-        return (self.removed_square / self.update_square) ** 0.5 if self.update_square else 0.0
 
 
 @dataclass
@@ -158,8 +142,7 @@ class Merger:
                 entry = bank.slots[slot][index]
                 assert entry is not None
                 kept = bank.merged_block(index, slot, k).float() - entry.partition.store.block(k).float()
-                lost.update_square += float(update.square().sum())
-                lost.removed_square += float((update - kept).square().sum())
+                lost.add(update, kept)
                 yield
 
     def commit(self, policy: MergePolicy) -> None:

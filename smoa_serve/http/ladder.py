@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -11,6 +10,7 @@ from prometheus_client import Gauge
 
 from smoa_serve.errors import MoveRefusedError
 from smoa_serve.http.revisions import Revision
+from smoa_serve.merge_loss import too_much_lost
 from smoa_serve.merge_policy import MergePolicy
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 STEPS = ("stored", "host", "slot", "resident", "merged")
 # How long the workers stage between two engine steps: less than a decode step of a small model.
 BUDGET_S = 0.01
-_WORST = 5  # layers that a refusal names
 
 BYTES = Gauge("smoa_adapter_bytes", "Bytes that a resident or merged adapter takes, all workers", ["adapter"])
 STEP = Gauge("smoa_adapter_step", "0 stored, 1 host, 2 slot, 3 resident, 4 merged", ["adapter"])
@@ -72,10 +71,11 @@ class Ladder:
             lost: dict[str, float] = {}
             for report in reports:
                 lost |= {name: max(share, lost.get(name, 0.0)) for name, share in report["lost"].items()}
-            worst = max(lost.values(), default=0.0)
-            if worst > max_lost:
+            reasons = too_much_lost(lost, max_lost, "serve it resident, or allow more with max_lost")
+            if reasons:
                 await self._demote(revision)
-                raise MoveRefusedError(revision.name, _too_much_lost(lost, max_lost))
+                raise MoveRefusedError(revision.name, reasons)
+            worst = max(lost.values(), default=0.0)
             start = monotonic()
             held = await self._engine.collective_rpc("smoa_merge", args=(policy.value,))
             longest = max(longest, monotonic() - start)
@@ -142,13 +142,3 @@ def step_of(statuses: list[dict[str, Any]], lora_int_id: int) -> str:
     """Where an adapter resides: the lowest step of all workers."""
     found: list[str] = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]
     return min(found, key=STEPS.index)
-
-
-def _too_much_lost(lost: Mapping[str, float], max_lost: float) -> list[str]:
-    """Why rounding forbids a merge, with the worst layers."""
-    over = sorted(((share, name) for name, share in lost.items() if share > max_lost), reverse=True)
-    return [
-        f"rounding to the weights' dtype would remove more than {max_lost:.1%} of the update in {len(over)} of "
-        f"{len(lost)} layers; serve it resident, or allow more with max_lost",
-        *(f"{name} would lose {share:.1%}" for share, name in over[:_WORST]),
-    ]

@@ -43,8 +43,7 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
     data, validation, pad = _read_data(config, base)
     checkpoint = open_output(config, resume=resume)
     _hide_progress_bars()
-    if not is_first_process():
-        console = Console(quiet=True)
+    console = console if is_first_process() else Console(quiet=True)
     _say(console, config, data, checkpoint)
     torch.manual_seed(config.seed)
     model = load_model(config, base, checkpoint)
@@ -56,10 +55,10 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> dic
         if validation is not None and config.training.evaluate_every is None:
             trainer.evaluate()
         seconds = time.monotonic() - begin
-    outcome = _outcome(trainer, model, checkpoint, seconds)
     report: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         _write_adapter(model, config.output)
+        outcome = _outcome(trainer, model, checkpoint, seconds)
         report = make_report(config, outcome, data, config.output, base, modules)
         write_json(config.output / REPORT_NAME, report)
     trainer.accelerator.wait_for_everyone()
