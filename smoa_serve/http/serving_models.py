@@ -22,6 +22,7 @@ from smoa_serve.errors import (
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
+from smoa_serve.http.ladder import step_of
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
 from smoa_serve.log_sharing import share_logging
@@ -204,12 +205,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         return visible_name(super().model_name(lora_request))
 
     async def show_available_models(self) -> Any:
-        """`GET /v1/models`: the base, and each adapter with its parent."""
+        """`GET /v1/models`: the base, and each adapter with its parent and where it resides."""
         models = await super().show_available_models()
+        statuses = await self.engine_client.collective_rpc("smoa_status") if self.revisions else []
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:
                 card.id, card.root = revision.name, revision.requested_path
+                card.residence = step_of(statuses, revision.lora_int_id)  # a field of ours: the card takes any
         return models
 
 

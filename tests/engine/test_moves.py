@@ -68,6 +68,7 @@ def test_a_merged_adapter_and_everybody_else_answer_as_before(tiny: Any, policy:
         assert report["bytes"] > 0
         shown = tiny.server.adapters()[HOT]
         assert (shown["residence"], shown["resident_bytes"]) == ("merged", report["bytes"])
+        assert {card.id: card.residence for card in tiny.client.models.list() if card.parent}[HOT] == "merged"
         assert tiny.metric("smoa_adapter_step") >= 4
         check_all(tiny)
     shown = tiny.server.adapters()[HOT]
