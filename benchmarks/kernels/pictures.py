@@ -74,8 +74,8 @@ def draw_roofline(rows: Sequence[Row], image: Path) -> None:
 def _roof(axes: "Axes", rows: Sequence[Row]) -> None:
     bandwidth = max(row["ceilings"]["bytes_per_s"] for row in rows)
     rate = max(row["ceilings"]["flops_per_s"] for row in rows)
-    low, high = axes.get_xlim()
-    low = max(low, 0.1)
+    intensities = [work["flops"] / work["num_bytes"] for row in rows for work in row["work"].values()]
+    low, high = min(intensities) / 2, max(intensities) * 2
     corner = rate / bandwidth
     axes.plot([low, corner, high], [low * bandwidth / 1e9, rate / 1e9, rate / 1e9], "k-", linewidth=1)
     axes.annotate(

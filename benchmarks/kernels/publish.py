@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.cases import EQUAL
 from benchmarks.kernels.pictures import draw_ratios, draw_roofline
 from benchmarks.kernels.predictions import prediction_table
 from benchmarks.kernels.timing import MOST_WAITING
 from benchmarks.publish import ROOT, replace_section, setup_line, table
 
 Row = dict[str, Any]
-EQUAL = "equal"
+# (tokens, adapters) of the summary.
+BATCHES = ((1, 1), (8, 8), (64, 1), (64, 8), (64, 64), (256, 8), (256, 64), (256, 256), (4096, 1), (4096, 64))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for file in options.results for line in file.read_text(encoding="utf-8").splitlines()]
     points = [row for row in rows if row["kind"] == "kernels"]
-    draw_ratios(points, options.root / "docs" / "kernels-ratio.png")
+    if any(row["workload"] != EQUAL for row in points):  # measured on one layer only
+        draw_ratios(points, options.root / "docs" / "kernels-ratio.png")
     draw_roofline(points, options.root / "docs" / "kernels-roofline.png")
     replace_section(options.root / "docs" / "performance.md", "kernels", section(rows))
     replace_section(options.root / "docs" / "performance.md", "kernels-gpu", prediction_table())
@@ -44,8 +47,11 @@ def section(rows: Sequence[Row]) -> str:
     points = [row for row in rows if row["kind"] == "kernels"]
     parts = [setup_line(points[0]), ceilings_line(points)]
     equal = [row for row in points if row["workload"] == EQUAL]
+    parts.append("The delta's time over the base GEMM's, layers H_in x H_out:\n\n" + summary_table(equal))
     for layer in dict.fromkeys(row["layer"] for row in equal):
-        parts.append(f"**{layer}** (H_in x H_out)\n\n{layer_table([row for row in equal if row['layer'] == layer])}")
+        here = [row for row in equal if row["layer"] == layer]
+        summary = f"<summary>{layer}: all {len(here)} points, microseconds</summary>"
+        parts.append(f"<details>{summary}\n\n{layer_table(here)}\n\n</details>")
     parts.append(dense_table([row for row in equal if "dense" in row["times_us"]]))
     bars = [row for row in rows if row["kind"] == "bar" and row["what"] == "kernels"]
     parts.append(bar_table(bars))
@@ -69,6 +75,18 @@ def ceilings_line(rows: Sequence[Row]) -> str:
         f"{ceilings} The machine had other work: at {disturbed} of {len(rows)} points (†) a thread waited for a core "
         f"during more than {MOST_WAITING:.0%} of the time."
     )
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """Ratio to the base GEMM: a line per layer and (r, K), a column per batch."""
+    found = {(row["layer"], row["rank"], row["blocks"], row["tokens"], row["adapters"]): row for row in rows}
+    body = []
+    for layer, rank, blocks in dict.fromkeys(key[:3] for key in found):
+        line = [found.get((layer, rank, blocks, *batch)) for batch in BATCHES]
+        ratios = ["-" if row is None else f"{row['over_base'][row['implementations'][0]]:.2f}" for row in line]
+        body.append([layer, f"({rank}, {blocks})", *ratios])
+    heads = [f"{tokens:,} of {adapters}" if adapters > 1 else f"{tokens:,} of one" for tokens, adapters in BATCHES]
+    return table(["layer", "(r, K)", *heads], body)
 
 
 def layer_table(rows: Sequence[Row]) -> str:
