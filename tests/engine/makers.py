@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.formats import detect_kind, load_adapter, write_portable
+from smoa_serve.formats import LoadOptions, detect_kind, load_adapter, write_portable
+from smoa_serve.formats.lora import load_lora
+from smoa_serve.formats.source import open_source
 
 # Typical size of an entry of the update, in units of the weight: answers differ within a few tokens.
 STRENGTH = 1.0
@@ -86,14 +88,23 @@ def merged_model(base: Path, adapter: Path | None) -> Any:
     if adapter is None:
         return model.eval()
     if detect_kind(adapter) is AdapterKind.LORA:
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+        return _merged_lora(model, adapter).eval()
     with torch.no_grad():
         for module, update in load_adapter(adapter, BaseCheckpoint.open(base)).modules.items():
             weight = model.get_submodule(module).weight
             weight += update.dense(weight)
     return model.eval()
+
+
+@torch.no_grad()
+def _merged_lora(model: Any, adapter: Path) -> Any:
+    """By the formula: PEFT up to 0.20 cannot load LoRA beside a running engine with newer releases of transformers."""
+    files = load_lora(open_source(adapter, LoadOptions()), None, LoadOptions())
+    scaling = float(str(files.config["lora_alpha"])) / float(str(files.config["r"]))
+    for module, (a, b) in files.factors().items():
+        weight = model.get_submodule(module).weight
+        weight += scaling * (b.float() @ a.float())
+    return model
 
 
 def tiny_llama(folder: Path) -> Path:
