@@ -156,10 +156,13 @@ def attach(
     layer.smoa_weight = ServedWeight(layer.base_layer, sizes, columns, dtype)
     layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
     layer.smoa_adds_lora = plan.device.type == "cpu" and not _has_own_forward(layer)
+    # Elsewhere the blocks are dequantized, and finding out would cost the start some time.
+    fp8 = plan.device.type == "cuda" and layer.smoa_weight.is_fp8
     layer.smoa_bank = LayerBank(
         a=[_slots(stacked, num_slots) for stacked in layer.lora_a_stacked],
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
-        weight_block=layer.smoa_weight.block,
+        weight_block=layer.smoa_weight.fp8_block if fp8 else layer.smoa_weight.block,
+        row_scale=layer.smoa_weight.row_scale if fp8 else None,
         retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
     )
     if layer.smoa_bank.implementation == "triton":

@@ -82,9 +82,12 @@ def dequantized(weight: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, dtype
     Returns:
         [m, n] in `dtype`: the product in fp32, rounded once.
     """
-    # Indexing is not implemented for fp8.
-    picked = weight.view(torch.uint8).index_select(0, rows).index_select(1, cols).view(weight.dtype)
-    return (picked.float() * scale.index_select(0, rows)[:, None]).to(dtype)
+    return (picked(weight, rows, cols).float() * scale.index_select(0, rows)[:, None]).to(dtype)
+
+
+def picked(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """weight[rows][:, cols] of an fp8 weight, for which indexing is not implemented: [m, n] fp8."""
+    return weight.view(torch.uint8).index_select(0, rows).index_select(1, cols).view(weight.dtype)
 
 
 @torch.inference_mode()

@@ -49,12 +49,13 @@ class ServedWeight:
 
     def refusal(self) -> str | None:
         """Why this layer's weight cannot be read exactly, None when it can."""
-        if not quantized.is_quantized(self._layer) or self._is_fp8:
+        if not quantized.is_quantized(self._layer) or self.is_fp8:
             return None
         return self._why_not_recoverable
 
     @cached_property
-    def _is_fp8(self) -> bool:
+    def is_fp8(self) -> bool:
+        """Whether it lies in the open in fp8, with one scale per tensor or row."""
         return quantized.is_readable_fp8(self._layer, self.columns, self.dtype)
 
     @cached_property
@@ -74,13 +75,25 @@ class ServedWeight:
         """
         start = self._offsets[index]
         stored = quantized.quantized_weight(self._layer)
-        if stored is not None and self._is_fp8:
+        if stored is not None and self.is_fp8:
             return quantized.dequantized(*stored, rows + start, cols, self.dtype)
         weight = self._full()
         part = weight[start : start + self._sizes[index]]
         # A whole weight in its own order (HiRA) needs no copy.
         picked = part if _is_all(rows, part.shape[0]) else part.index_select(0, rows)
         return picked if _is_all(cols, part.shape[1]) else picked.index_select(1, cols)
+
+    def fp8_block(self, index: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """Like `block`, of a weight that `is_fp8`: as it is stored, [m, n] float8_e4m3fn; see `row_scale`."""
+        stored = quantized.quantized_weight(self._layer)
+        assert stored is not None
+        return quantized.picked(stored[0], rows + self._offsets[index], cols)
+
+    def row_scale(self, index: int, rows: Tensor) -> Tensor:
+        """What each row of `fp8_block` is multiplied with, [m] fp32."""
+        stored = quantized.quantized_weight(self._layer)
+        assert stored is not None
+        return stored[1].index_select(0, rows + self._offsets[index])
 
     def reset_original(self) -> None:
         """What the layer serves is its original weight again."""

@@ -199,6 +199,11 @@ def test_fp8_blocks_are_dequantized_in_fp32_whatever_the_activations(dtype: torc
     assert torch.equal(block, stands_for[32:][rows][:, cols].to(dtype))
     everything = weight.block(0, torch.arange(32), torch.arange(H_IN))
     assert torch.equal(everything, stands_for[:32].to(dtype))
+    # What GPUs that know fp8 keep instead.
+    raw, scales = weight.fp8_block(1, rows, cols), weight.row_scale(1, rows)
+    assert weight.is_fp8
+    assert raw.dtype is torch.float8_e4m3fn
+    assert torch.equal((raw.float() * scales[:, None]).to(dtype), block)
 
 
 @pytest.mark.parametrize("input_scale", [1e-4, 1.0, 300.0])
