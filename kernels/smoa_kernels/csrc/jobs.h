@@ -1,7 +1,5 @@
-// What one call has to do: the work list made from the tables of the layer and of the step.
+// What one call has to do: jobs, one per partition, and the tiles of their blocks.
 #pragma once
-
-#include <omp.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -31,7 +29,7 @@ struct Chunk {
 };
 
 template <typename E>
-struct AloneGroup {  // an adapter's tokens that multiply with blocks of their own: resident ones, or else modulated ones
+struct AloneGroup {  // an adapter's tokens that multiply with blocks of their own: resident or modulated ones
   int64_t slot, rank, first_row, first_token, num_tokens;  // first_token: position among the job's tokens
   const int32_t* tokens;
   const E* resident;
@@ -116,146 +114,5 @@ inline void dispatch_rows(int size, F&& f) {
       dispatch_rows<Max - 1>(size, f);
   }
 }
-
-template <typename E>
-struct Call {
-  using S = Scheme<E>;
-  const Layer<E>& layer;
-  const Step& step;
-  const Slice<E>* slices;
-  int64_t h_in;
-  E* y;
-  int64_t y_stride;
-  const E* x;
-  int64_t x_stride;
-  std::vector<Job<E>> jobs;
-  std::vector<Row> sources;
-  std::vector<Pairing> pairings;
-  std::vector<Tile<E>> tiles;
-  std::vector<Output> outputs;
-  int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
-  char* thread_space = nullptr;
-
-  Call(const Layer<E>& layer, const Step& step, E* y, int64_t y_stride, const E* x, int64_t x_stride)
-      : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), y(y), y_stride(y_stride), x(x),
-        x_stride(x_stride) {
-    std::vector<int32_t> job_of(layer.num_partitions, -1);
-    for (int64_t slice = 0; slice < layer.num_slices; ++slice)
-      for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
-    for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
-    for (int most = kMaxPanels; most > 0; most /= 2) {
-      tiles.clear();
-      for (size_t j = 0; j < jobs.size(); ++j) add_tiles(static_cast<int32_t>(j), most);
-      if (static_cast<int>(tiles.size()) >= 2 * omp_get_max_threads()) break;
-    }
-  }
-
-  static int64_t steps(int64_t rank) { return (rank + S::kRanks - 1) / S::kRanks; }
-  const E* factor_a(int64_t slice, int64_t slot) const { return slices[slice].a + slot * layer.max_rank * h_in; }
-  const E* factor_b(int64_t slice, int64_t slot) const {
-    return slices[slice].b + slot * layer.max_rank * slices[slice].h_out;
-  }
-
-  void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
-    const Entry<E>& entry = layer.entries[slice * layer.num_slots + group.slot];
-    if (entry.partition < 0 || (entry.rank == 0 && !entry.resident)) return;
-    int32_t& index = job_of[entry.partition];
-    if (index < 0) {
-      index = static_cast<int32_t>(jobs.size());
-      jobs.emplace_back();
-      jobs.back().slice = slice;
-      jobs.back().partition = &layer.partitions[entry.partition];
-    }
-    Job<E>& job = jobs[index];
-    const int64_t count = group.end - group.start;
-    const int32_t* tokens = step.token_order + group.start;
-    const Way way = choose_way(step, static_cast<double>(count), entry);
-    if (way != Way::kExpand) {
-      job.groups.push_back({group.slot, entry.rank, job.plain_rows, job.plain_rows, count, tokens,
-                            way == Way::kResident ? entry.resident : nullptr, nullptr});
-      job.plain_rows += count;
-      return;
-    }
-    const E* b = factor_b(slice, group.slot);
-    for (int64_t t = 0; t < count; ++t) {
-      const auto position = static_cast<int32_t>(job.expand_tokens.size());
-      sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t],
-                         static_cast<int64_t>(job.expanded.size())});
-      job.expand_tokens.push_back(tokens[t]);
-      if (position % kTokenChunk == 0)
-        job.chunks.push_back({static_cast<int64_t>(job.expanded.size()), 0, position, 0});
-      for (int64_t rho = 0; rho < entry.rank; ++rho) job.expanded.push_back({b + rho * slices[slice].h_out, position});
-      job.chunks.back().num_rows += entry.rank;
-      ++job.chunks.back().num_tokens;
-    }
-  }
-
-  // The rows of the groups alone come after all expanded rows, whose number is only known now.
-  void add_rows(int32_t j) {
-    Job<E>& job = jobs[j];
-    const auto expanding = static_cast<int32_t>(job.expand_tokens.size());
-    for (int32_t i = 0; i < expanding; ++i) outputs.push_back({j, i, job.expand_tokens[i]});
-    for (size_t g = 0; g < job.groups.size(); ++g) {
-      AloneGroup<E>& group = job.groups[g];
-      group.first_row += static_cast<int64_t>(job.expanded.size());
-      group.first_token += expanding;
-      if (!group.resident) pairings.push_back({j, static_cast<int32_t>(g)});
-      for (int64_t t = 0; t < group.num_tokens; ++t) {
-        sources.push_back({j, static_cast<int32_t>(group.slot), 0, group.tokens[t], group.first_row + t});
-        outputs.push_back({j, static_cast<int32_t>(group.first_token + t), group.tokens[t]});
-      }
-    }
-  }
-
-  // Each block in groups of at most `most` panels, of nearly equal size.
-  void add_tiles(int32_t j, int64_t most) {
-    const Partition<E>& part = *jobs[j].partition;
-    for (int64_t k = 0; k < part.num_blocks; ++k) {
-      const Block& block = part.blocks[k];
-      const int64_t stride = block.packed_cols * kLanes, parts = (block.panels() + most - 1) / most;
-      for (int64_t i = 0; i < parts; ++i) {
-        const int64_t first = block.panels() * i / parts, end = block.panels() * (i + 1) / parts;
-        const int64_t row = block.row_start + first * kLanes;
-        const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(typename S::Formed));
-        if (!jobs[j].groups.empty() && panels_size > panel_bytes) panel_bytes = panels_size;
-        tiles.push_back({j, static_cast<int32_t>(end - first), &block, part.weights + block.weight + first * stride,
-                         stride, row, block.rows - first * kLanes});
-      }
-    }
-  }
-
-  // Lays out the scratch memory from `base`; returns its size in bytes.
-  int64_t place(char* base) {
-    constexpr int64_t kSize = sizeof(E);
-    char* next = base;
-    const auto take = [&next](int64_t bytes) {
-      char* start = next;
-      next += (bytes + 63) & ~int64_t{63};
-      return start;
-    };
-    for (Job<E>& job : jobs) {
-      const Partition<E>& part = *job.partition;
-      const int64_t h_out = slices[job.slice].h_out;
-      sorted_bytes = std::max(sorted_bytes, (kSize * std::max(part.packed_cols, h_out) + 63) & ~int64_t{63});
-      job.delta_stride = (h_out + 31) & ~int64_t{31};
-      job.delta = reinterpret_cast<E*>(take(job.num_tokens() * job.delta_stride * kSize));
-      job.rows = reinterpret_cast<typename S::Row*>(
-          take(job.num_rows() * part.packed_cols * static_cast<int64_t>(sizeof(typename S::Row))));
-      for (AloneGroup<E>& group : job.groups)
-        if (!group.resident)
-          group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));
-    }
-    panel_bytes = (panel_bytes + 63) & ~int64_t{63};
-    factor_bytes = steps(layer.max_rank) * kMaxPanels * static_cast<int64_t>(sizeof(typename S::Operand));
-    thread_space = take(omp_get_max_threads() * (sorted_bytes + panel_bytes + factor_bytes));
-    return next - base;
-  }
-
-  Workspace<E> workspace(int thread) const {
-    char* space = thread_space + thread * (sorted_bytes + panel_bytes + factor_bytes);
-    return {reinterpret_cast<E*>(space), reinterpret_cast<typename S::Formed*>(space + sorted_bytes),
-            reinterpret_cast<typename S::Operand*>(space + sorted_bytes + panel_bytes)};
-  }
-};
 
 }  // namespace smoa

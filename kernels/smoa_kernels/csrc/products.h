@@ -14,8 +14,8 @@ constexpr int kTileRows = kRegisters == 32 ? 8 : 5;   // rows of it in registers
 //   ahead: memory that is fetched meanwhile, as much as a panel.
 //   A function of its own, as the compiler else lacks registers for the sums in some of the places that use it.
 template <int P, int R, typename E, typename Row>
-[[gnu::noinline]] void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
-                          const E* ahead, Floats (&acc)[P][R]) {
+[[gnu::noinline]] void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride,
+                                     int64_t groups, const E* ahead, Floats (&acc)[P][R]) {
   using S = Scheme<E>;
   constexpr int kStep = S::kGroup * kLanes;
   Floats sum[P][R];  // in `acc` itself every step's sums would be stored
@@ -75,9 +75,9 @@ inline void modulate_columns(const E* w, int64_t panel_stride, const typename Sc
 // out = W * (B A) for P panels, `panel_stride` elements apart in both.
 //   a: [steps][columns], `a_stride` columns apart; b: [steps][P].
 template <int P, typename E>
-[[gnu::noinline]] void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
-                            const typename Scheme<E>::Operand* b, int64_t steps, int64_t columns,
-                            typename Scheme<E>::Formed* out) {
+[[gnu::noinline]] void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a,
+                                       int64_t a_stride, const typename Scheme<E>::Operand* b, int64_t steps,
+                                       int64_t columns, typename Scheme<E>::Formed* out) {
   constexpr int kColumns = 4, kRest = Scheme<E>::kGroup;
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns)
