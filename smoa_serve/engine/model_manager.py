@@ -186,6 +186,9 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         Raises:
             AdapterError: it cannot be merged; every reason.
         """
+        if self._captured:
+            reason = "the differences for other requests are in no captured CUDA graph; start with --enforce-eager"
+            raise AdapterError(f"adapter {lora_id}", reason)
         self.merger.begin(lora_id, self._slot_of(lora_id))
 
     def commit_merge(self, policy: MergePolicy) -> None:
