@@ -1,7 +1,5 @@
 """Slots and per-step maps: vLLM's LoRA manager, taught about SMoA adapters."""
 
-from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,29 +10,19 @@ from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, LoRAMappingType, Vo
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 
 from smoa_serve.adapter import Adapter
 from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
-from smoa_serve.engine.merging import Merger, WeightChecksumError
+from smoa_serve.engine.merging import WeightChecksumError
+from smoa_serve.engine.moving import MovingManager, SmoaModel
 from smoa_serve.engine.traffic import Traffic
 from smoa_serve.errors import AdapterError
-from smoa_serve.merge_policy import MergePolicy
 from smoa_serve.settings import Settings
 
 
-class SmoaModel(LoRAModel):
-    """A SMoA or HiRA adapter in host memory, in the place where vLLM keeps a `LoRAModel`.
-
-    Attributes:
-        adapter: what was read.
-    """
-
-    adapter: Adapter
-
-
-class SmoaModelManager(LRUCacheLoRAModelManager):
+class SmoaModelManager(MovingManager):
     """Keeps SMoA, HiRA and LoRA adapters in the same slots and caches.
 
     Attributes:
@@ -56,14 +44,12 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         self.smoa_refusal = self._refusal(vllm_config)
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
-        self._content_version = 0
-        self._resident: set[int] = set()
         self._traffic = Traffic()
-        self._broken: str | None = None
+        self.begin_moving()
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
-        self._captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
-        if self._captured and not Settings.from_environment().cuda_graphs:
+        self.captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
+        if self.captured and not Settings.from_environment().cuda_graphs:
             return (
                 "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
                 "SMOA_CUDA_GRAPHS=1 to try them"
@@ -84,7 +70,7 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         elif self.device.type == "cpu":
             self._register_cpu_module(module_name, module)
         if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
-            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self._captured)
+            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured)
             self._static_context[layers.layer_key(module_name)] = module
         super().register_module(module_name, module)
 
@@ -96,13 +82,6 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
             self._static_context[layers.layer_key(module_name)] = module
         elif not layers.can_be_opaque(module) or not self._is_language(module_name):
             compiling.forbid_compilation(self.model)
-
-    @cached_property
-    def merger(self) -> Merger:
-        """The merged state; first asked for when every layer is registered."""
-        return Merger(
-            {name: layer for name, layer in self.modules.items() if isinstance(layer, layers.SmoaLinearMixin)}
-        )
 
     def _is_language(self, module_name: str) -> bool:
         """Whether the layer sees the language model's tokens: towers and connectors have token maps of their own."""
@@ -179,116 +158,6 @@ class SmoaModelManager(LRUCacheLoRAModelManager):
         if active and merged_id is not None:
             smoa_slots = smoa_slots | {merged_id: self.lora_slots}
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
-
-    def begin_merge(self, lora_id: int) -> None:
-        """Start, or go on, to fold an adapter into the base weights.
-
-        Raises:
-            AdapterError: it cannot be merged; every reason.
-        """
-        if self._captured:
-            reason = "the differences for other requests are in no captured CUDA graph; start with --enforce-eager"
-            raise AdapterError(f"adapter {lora_id}", reason)
-        self.merger.begin(lora_id, self._slot_of(lora_id))
-
-    def commit_merge(self, policy: MergePolicy) -> None:
-        """From the next step on, the staged adapter is merged."""
-        self.merger.commit(policy)
-        self._content_version += 1
-
-    def end_merge(self) -> None:
-        """Serve the original weights again. A weight that is not the original ends the engine with the next step."""
-        try:
-            self.merger.end()
-        except WeightChecksumError as error:
-            self._broken = str(error)
-            raise
-        finally:
-            self._content_version += 1
-
-    def make_resident(self, lora_id: int) -> Iterator[None]:
-        """Form an adapter's blocks of dW, a layer at a time. Losing its slot takes them away again."""
-        slot = self._slot_of(lora_id)
-        for layer in self.merger.layers.values():
-            if self.lora_index_to_id[slot] != lora_id:
-                return
-            layer.smoa_bank.make_resident(slot)
-            yield
-        self._resident.add(lora_id)
-        self._content_version += 1
-
-    def drop_resident(self, lora_id: int) -> None:
-        """Give an adapter's blocks of dW back."""
-        self._resident.discard(lora_id)
-        if lora_id in self.lora_index_to_id:
-            for layer in self.merger.layers.values():
-                layer.smoa_bank.drop_resident(self.lora_index_to_id.index(lora_id))
-        self._content_version += 1
-
-    def _slot_of(self, lora_id: int) -> int:
-        """The slot of a SMoA or HiRA adapter, which is brought into one if it is in none.
-
-        Raises:
-            AdapterError: there is no such adapter here.
-        """
-        if self.smoa_refusal is not None:
-            raise AdapterError(f"adapter {lora_id}", self.smoa_refusal)
-        model = self._registered_adapters.cache.get(lora_id)
-        if not isinstance(model, SmoaModel):
-            reason = "it is not in the engine" if model is None else "only SMoA and HiRA adapters can be moved"
-            raise AdapterError(f"adapter {lora_id}", reason)
-        self.activate_adapter(lora_id)
-        return int(self.lora_index_to_id.index(lora_id))
-
-    def _deactivate_adapter(self, lora_id: int) -> None:
-        if lora_id in self._resident:
-            self.drop_resident(lora_id)
-        super()._deactivate_adapter(lora_id)
-
-    def remove_adapter(self, adapter_id: int) -> bool:
-        """Forget an adapter. Under its number other content may come: what is merged of it ends."""
-        if self.merger.lora_id == adapter_id:
-            self.end_merge()
-        removed: bool = super().remove_adapter(adapter_id)
-        return removed
-
-    def remove_all_adapters(self) -> None:
-        """Forget every adapter, slots included."""
-        if self.merger.lora_id is not None:
-            self.end_merge()
-        self._resident.clear()
-        super().remove_all_adapters()
-        self._seen = None
-
-    def residence(self) -> dict[int, str]:
-        """lora_int_id -> "merged", "resident", "slot" or "host"."""
-        found = {lora_id: "slot" if lora_id in self._active_adapters else "host" for lora_id in self.list_adapters()}
-        found |= dict.fromkeys(self._resident, "resident")
-        return found | ({self.merger.lora_id: "merged"} if self.merger.merged and self.merger.lora_id else {})
-
-    def resident_bytes(self) -> dict[int, int]:
-        """lora_int_id -> bytes of its blocks of dW, or of all that being merged takes."""
-        found = {
-            lora_id: sum(
-                layer.smoa_bank.resident_bytes(self.lora_index_to_id.index(lora_id))
-                for layer in self.merger.layers.values()
-            )
-            for lora_id in self._resident
-        }
-        return found | ({self.merger.lora_id: self.merger.nbytes} if self.merger.lora_id is not None else {})
-
-    def block_bytes(self) -> dict[int, int]:
-        """lora_int_id -> bytes of the blocks of W that an adapter in a slot uses: what blocks of its own would take."""
-        return {
-            lora_id: sum(
-                entry.partition.store.nbytes
-                for layer in self.merger.layers.values()
-                for entry in layer.smoa_bank.slots[slot]
-                if entry is not None
-            )
-            for slot, lora_id in enumerate(self.lora_index_to_id)
-            if lora_id is not None and isinstance(self._registered_adapters.cache.get(lora_id), SmoaModel)
-        }
 
     @property
     def steps(self) -> int:
