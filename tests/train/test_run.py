@@ -21,7 +21,7 @@ from smoa_serve.train import run, train
 from smoa_serve.train.progress import DivergedError
 from smoa_serve.train.report import adapter_digest
 
-pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 QUIET = Console(quiet=True)
 METHODS = {
     "smoa": {"method": "smoa", "r": 6, "num_blocks": 3, "alpha": 12},
@@ -31,6 +31,7 @@ METHODS = {
 AVAILABLE = [method for method in METHODS if method != "hira" or hasattr(peft, "HiraConfig")]  # PEFT 0.19 has none
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", AVAILABLE)
 def test_every_method_writes_an_adapter_and_a_report(
     make_config: Callable[..., Any], tiny_base: Path, tmp_path: Path, method: str
@@ -62,6 +63,7 @@ def test_a_second_run_is_the_same_to_the_bit_and_another_seed_is_not(make_config
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", AVAILABLE)
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
