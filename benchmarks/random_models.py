@@ -35,6 +35,7 @@ class Shape:
 
 QWEN_05B = Shape("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151_936)
 # The same layers, fewer of them, and a vocabulary in proportion.
+QWEN_05B_THIRD = replace(QWEN_05B, name="qwen2.5-0.5b-8-layers", num_hidden_layers=8, vocab_size=51_200)
 QWEN_05B_QUICK = replace(QWEN_05B, name="qwen2.5-0.5b-4-layers", num_hidden_layers=4, vocab_size=25_600)
 
 

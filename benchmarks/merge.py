@@ -1,0 +1,208 @@
+"""A hot adapter in its slot, resident, merged, and moved by the automatic policy, beside base and vLLM's LoRA."""
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bars import Bar, ratio_bar
+from benchmarks.fleet import Load, Repeat, Server, figures, one_repeat, running, speeds
+from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
+from benchmarks.residence import Hot, Place, difference, scores
+from benchmarks.stall import measure_stalls
+from benchmarks.traffic import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Traffic
+from smoa_serve.cli.load import make_jobs
+from smoa_serve.demo.server import ServerProcess
+from smoa_serve.errors import SmoaError
+
+RANK, NUM_BLOCKS = 16, 4
+LORA_RANK = RANK // NUM_BLOCKS  # equally many parameters
+ADAPTERS = 64
+FIXED, AUTO, LORA = "vLLM with smoa-serve", "vLLM with smoa-serve, automatic", "vLLM with LoRA"
+BASE_ONLY, POLICY = "base only", "automatic policy"
+HOT = "smoa-0"
+# Nats. The tests compare in float32; in bfloat16 the two ways round differently, a wrong weight is off by far more.
+CLOSE = 0.1
+Results = dict[tuple[str, str], list[Repeat]]  # (traffic, variant)
+
+
+class ParityError(SmoaError):
+    """Answers with something merged are not those without."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        load: of one repeat of one variant; requests: in it.
+        rounds: repeats.
+        traffics: with which traffic.
+        lora: traffics in which vLLM's LoRA takes part.
+        run_in_s: traffic that the automatic policy sees before its repeat.
+        cycles: merges and un-merges whose stalls are measured.
+    """
+
+    load: Load
+    requests: int
+    rounds: int
+    traffics: tuple[Traffic, ...]
+    lora: tuple[Traffic, ...]
+    run_in_s: float
+    cycles: int
+
+
+FULL = Plan(Load(16, 64, 32), 30, 3, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 6.0, 8)
+QUICK = Plan(Load(16, 32, 16), 30, 3, (ALONE, HOT_90, ZIPF), (HOT_90,), 6.0, 4)
+
+
+def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
+    """Measure everything.
+
+    Args:
+        quick: fewer layers, shorter load, less traffic; the same bars.
+
+    Returns:
+        Rows for JSON, and the bars.
+
+    Raises:
+        ParityError: something answers differently when the hot adapter is merged.
+    """
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    plan, shape = (QUICK, QWEN_05B_QUICK) if quick else (FULL, QWEN_05B_THIRD)
+    base = random_base(shape)
+    with running(base, _servers(base), console) as servers:
+        hot = Hot(servers[FIXED].url, HOT)
+        rows = _parity(servers[FIXED].url, hot, console)
+        stalls, bars = _stalls(servers[FIXED].url, hot, plan)
+        rows += stalls
+        results = _measure(servers, hot, plan, console)
+        policy = httpx.get(f"{servers[AUTO].url}/v1/smoa/policy", timeout=60).raise_for_status().json()
+    console.print(_table(shape.name, plan, results))
+    rows += [
+        {"kind": "merging", "traffic": traffic, "variant": variant, "load": asdict(plan.load), **figures(found)}
+        for (traffic, variant), found in results.items()
+    ]
+    rows.append({"kind": "policy", **policy})
+    return [{"model": shape.name, **row} for row in rows], _bars(plan, results) + bars
+
+
+def _servers(base: Path) -> list[Server]:
+    smoa = {f"smoa-{i}": random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
+    lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
+    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": "1"}
+    return [Server(FIXED, True, smoa), Server(AUTO, True, smoa, (), automatic), Server(LORA, False, lora)]
+
+
+def _parity(url: str, hot: Hot, console: Console) -> list[dict[str, object]]:
+    """The gate: everybody's answers at every place of the hot adapter against those with everything in its slot."""
+    asked = ("base", HOT, "smoa-1")
+    before = {model: scores(url, model) for model in asked}
+    rows: list[dict[str, object]] = []
+    for place in (Place.RESIDENT, Place.COMPENSATE, Place.EXCLUSIVE, Place.SLOT):
+        report = hot.bring(place, **({"check": True} if place is Place.COMPENSATE else {})) or {}
+        checked = {key: report[key] for key in ("lost", "largest_logprob_difference", "tokens_agree") if key in report}
+        for model in asked:
+            found = difference(before[model], scores(url, model))
+            rows.append({"kind": "parity", "place": place, "asked": model, **asdict(found), **checked})
+            words = f"largest {found.largest:.4f}, mean {found.mean:.5f} nats, best tokens agree {found.best_agree:.1%}"
+            console.print(f"{place}: {model}: {words}", highlight=False)
+            if found.largest > CLOSE:
+                raise ParityError(f"with {HOT} {place}, logprobs of {model} differ by {found.largest:.3f} nats")
+    return rows
+
+
+def _stalls(url: str, hot: Hot, plan: Plan) -> tuple[list[dict[str, object]], list[Bar]]:
+    rows: list[dict[str, object]] = []
+    bars = []
+    for models in (("base",), ("base", HOT, "smoa-1", "smoa-2")):
+        found = measure_stalls(hot, url, models, 700 if len(models) == 1 else 400, plan.cycles)
+        rows.append({"kind": "stall", "streams": len(models), **asdict(found)})
+        streams = f"{len(models)} running stream{'s' if len(models) > 1 else ''}"
+        for move, longest in (("merge", found.merge_ms), ("un-merge", found.unmerge_ms)):
+            steps = found.steps(longest)
+            name = f"stall of {streams} by a {move}, decode steps"
+            bars.append(Bar(name, statistics.median(steps), None, (min(steps), max(steps)), 2.0))
+    return rows, bars
+
+
+def _measure(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
+    results: Results = {}
+    for index in range(plan.rounds):
+        for key, found in _round(servers, hot, plan, index, console).items():
+            results.setdefault(key, []).append(found)
+    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}
+
+
+def _cases(plan: Plan) -> list[tuple[Traffic, str]]:
+    return [
+        (traffic, str(variant))
+        for traffic in plan.traffics
+        for variant in (BASE_ONLY, *Place, POLICY, *([LORA] if traffic in plan.lora else []))
+    ]
+
+
+def _round(
+    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, index: int, console: Console
+) -> dict[tuple[str, str], Repeat]:
+    """Every variant once, in turn or back."""
+    found = {}
+    for traffic, variant in _cases(plan) if index % 2 == 0 else reversed(_cases(plan)):
+        found[traffic.name, variant] = one = _one(servers, hot, plan, traffic, variant, index)
+        words = f"{traffic.name}: {variant}: {one.words}"
+        console.print(f"round {index + 1} of {plan.rounds}: {words}", highlight=False)
+    return found
+
+
+def _one(
+    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, traffic: Traffic, variant: str, index: int
+) -> Repeat:
+    """One repeat of one variant; every variant of a round gets the same prompts in the same order."""
+    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
+    server = servers[{POLICY: AUTO, LORA: LORA}.get(variant, FIXED)]
+    if variant not in (POLICY, LORA):
+        hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
+
+    def once(seed: int) -> Repeat:
+        models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
+        jobs = make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
+        return one_repeat(server, jobs, plan.load.streams)
+
+    begin, seed = time.monotonic(), 1000 * (index + 1)
+    while variant == POLICY and time.monotonic() - begin < plan.run_in_s:
+        seed += 1
+        once(seed)
+    return once(index + 1)
+
+
+def _bars(plan: Plan, results: Results) -> list[Bar]:
+    found = {key: speeds(repeats) for key, repeats in results.items()}
+    bars = []
+    for traffic, place, at_least in ((ALONE, Place.COMPENSATE, 0.99), (HOT_90, Place.COMPENSATE, 0.93)):
+        name = f"{traffic.name}, {place} / {BASE_ONLY}"
+        base = found[traffic.name, BASE_ONLY]
+        bars.append(ratio_bar(name, found[traffic.name, place], base, at_least))
+    for traffic in plan.traffics:
+        best = max(Place, key=lambda place: statistics.median(found[traffic.name, place]))
+        name = f"{traffic.name}, {POLICY} / best fixed choice ({best})"
+        bars.append(ratio_bar(name, found[traffic.name, POLICY], found[traffic.name, best], 0.97))
+    return bars
+
+
+def _table(model: str, plan: Plan, results: Results) -> Table:
+    load = plan.load
+    title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
+    table = Table("traffic", "variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "of base", title=title)
+    for (traffic, variant), repeats in results.items():
+        facts, reached = figures(repeats), speeds(repeats)
+        share = statistics.median(a / b for a, b in zip(reached, speeds(results[traffic, BASE_ONLY]), strict=True))
+        spread = f"{min(reached):.1f} to {max(reached):.1f}"
+        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}")
+        table.add_row(traffic, variant, f"{facts['tokens_per_s']:.1f}", spread, *times, f"{share:.2f}")
+    return table
