@@ -85,8 +85,9 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         results = _measure(servers, hot, plan, console)
         policy = httpx.get(f"{servers[AUTO].url}/v1/smoa/policy", timeout=60).raise_for_status().json()
     console.print(_table(shape.name, plan, results))
+    shared = {"load": asdict(plan.load), "requests_sent": plan.requests}
     rows += [
-        {"kind": "merging", "traffic": traffic, "variant": variant, "load": asdict(plan.load), **figures(found)}
+        {"kind": "merging", "traffic": traffic, "variant": variant, **shared, **figures(found)}
         for (traffic, variant), found in results.items()
     ]
     rows.append({"kind": "policy", **policy})
@@ -107,7 +108,8 @@ def _parity(url: str, hot: Hot, console: Console) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for place in (Place.RESIDENT, Place.COMPENSATE, Place.EXCLUSIVE, Place.SLOT):
         report = hot.bring(place, **({"check": True} if place is Place.COMPENSATE else {})) or {}
-        checked = {key: report[key] for key in ("lost", "largest_logprob_difference", "tokens_agree") if key in report}
+        wanted = ("lost", "largest_logprob_difference", "tokens_agree")
+        checked: dict[str, object] = {key: report[key] for key in wanted if key in report}
         for model in asked:
             found = difference(before[model], scores(url, model))
             rows.append({"kind": "parity", "place": place, "asked": model, **asdict(found), **checked})

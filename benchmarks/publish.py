@@ -1,14 +1,15 @@
-"""A serving result into the documents: `python -m benchmarks.publish RESULT.jsonl`.
+"""A result of `serving` or `merge` into the documents: `python -m benchmarks.publish RESULT.jsonl`.
 
-Replaces what stands between the markers in docs/performance.md and README.md, and draws docs/serving.png.
+Replaces what stands between the markers in docs/performance.md and README.md; draws docs/serving.png.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.plot import draw
@@ -28,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where docs/ and README.md are")
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.result.read_text(encoding="utf-8").splitlines()]
+    if rows[0]["what"] == "merge":
+        from benchmarks import merge_publish
+
+        replace_section(options.root / "docs" / "performance.md", "merging", merge_publish.section(rows))
+        return 0
     draw([row for row in rows if row["kind"] == "serving"], options.root / "docs" / "serving.png")
     replace_section(options.root / "docs" / "performance.md", "serving", full_section(rows))
     replace_section(options.root / "README.md", "results", short_section(rows))
@@ -82,16 +88,21 @@ def load_words(row: Row) -> str:
     return f"{load['streams']} concurrent streams, {load['input_tokens']} tokens in, {load['output_tokens']} out"
 
 
-def model_table(rows: Sequence[Row]) -> str:
-    """Throughput and latency of each variant."""
-    head = ["variant", "tokens/s", "lowest to highest", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "CPU s"]
+def model_table(rows: Sequence[Row], names: Mapping[str, str] = MappingProxyType({"variant": "variant"})) -> str:
+    """Throughput and latency of each variant.
+
+    Args:
+        rows: one each.
+        names: which of a row's keys say what it is, and the heads of their columns.
+    """
+    head = [*names.values(), "tokens/s", "lowest to highest", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "CPU s"]
     body = []
     for row in rows:
         low, high = row["spread"]
         cpu_s = sorted(row["cpu_s"])[len(row["cpu_s"]) // 2]
         body.append(
             [
-                row["variant"],
+                *(row[key] for key in names),
                 f"{row['tokens_per_s']:.1f}",
                 f"{low:.1f} to {high:.1f}",
                 f"{row['ttft_ms_p50']:.0f} / {row['ttft_ms_p99']:.0f}",
@@ -115,7 +126,7 @@ def bar_table(rows: Sequence[Row]) -> str:
     body = [
         [
             row["name"],
-            f"{row['at_least']:.2f}",
+            f"{row['at_least']:.2f}" if row["at_least"] is not None else f"at most {row['at_most']:.2f}",
             f"{row['figure']:.2f}",
             f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
             "yes" if row["reached"] else "**no**",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, plot, publish, serving
+from benchmarks import dense, merge, plot, publish, serving, stall, traffic
 from benchmarks.bars import Bar, ratio_bar
-from benchmarks.fleet import Load, Repeat, Server
+from benchmarks.fleet import Load, Repeat, Server, figures
 from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
 from benchmarks.setup_facts import facts
 from smoa_serve.base_checkpoint import BaseCheckpoint
@@ -139,7 +139,8 @@ def test_a_result_is_published_between_the_markers(tmp_path: Path) -> None:
     result = tmp_path / "result.jsonl"
     result.write_text(
         "".join(
-            json.dumps({"time": "2026-01-02T03:04:05", "busy_before": 0.5, **facts(), **row}) + "\n" for row in rows
+            json.dumps({"what": "serving", "time": "2026-01-02T03:04:05", "busy_before": 0.5, **facts(), **row}) + "\n"
+            for row in rows
         )
     )
     (tmp_path / "docs").mkdir()
@@ -159,7 +160,61 @@ def test_a_result_is_published_between_the_markers(tmp_path: Path) -> None:
         publish.replace_section(tmp_path / "README.md", "results", "x")
 
 
+def test_traffic_has_the_shares_it_names() -> None:
+    asked = traffic.HOT_90.adapters(30, 64, seed=3)
+    assert asked.count(0) == 27
+    assert len(set(asked)) == 4  # the others in turn
+    assert asked == traffic.HOT_90.adapters(30, 64, seed=3) != sorted(asked)
+    assert set(traffic.ALONE.adapters(5, 64, seed=1)) == {0}
+    drawn = traffic.ZIPF.adapters(20_000, 64, seed=1)
+    assert drawn.count(0) == pytest.approx(2 * drawn.count(1), rel=0.1)
+    assert set(drawn) == set(range(64))
+
+
+def test_merge_bars_compare_what_they_name() -> None:
+    speed = {merge.BASE_ONLY: 100.0, "slot": 60.0, "resident": 80.0, "merged, compensate": 93.5}
+    speed |= {"merged, exclusive": 70.0, merge.POLICY: 90.0, merge.LORA: 30.0}
+    found = {case: results(speed[case[1]]) for case in merge._cases(merge.QUICK)}
+    bars = {bar.name: bar for bar in merge._bars(merge.QUICK, {(t.name, v): one for (t, v), one in found.items()})}
+    assert bars["90% hot, merged, compensate / base only"].reached
+    assert not bars["hot adapter alone, merged, compensate / base only"].reached
+    policy = bars["90% hot, automatic policy / best fixed choice (merged, compensate)"]
+    assert (policy.figure, policy.reached) == (pytest.approx(90 / 93.5), False)
+
+
+def test_stalls_are_counted_in_usual_steps() -> None:
+    gaps = [(0.0, 0.02), (0.02, 0.04), (0.04, 0.1), (0.1, 0.12)]
+    assert stall._longest(gaps, (0.05, 0.06)) == pytest.approx(60)
+    assert stall._longest(gaps, (0.03, 0.035)) == pytest.approx(20)
+    assert stall.Stalls(20.0, 21.0, [60.0], [20.0], [1.0]).steps([60.0]) == [2.0]
+
+
+def test_a_merge_result_is_published(tmp_path: Path) -> None:
+    shared = {"what": "merge", "time": "2026-01-02T03:04:05", "busy_before": 0.0, "model": "m", **facts()}
+    load = {"load": {"streams": 1, "input_tokens": 2, "output_tokens": 3}, "requests_sent": 4}
+    parity = {"place": "slot", "asked": "base", "largest": 0.5, "mean": 0.25, "best_agree": 0.5}
+    lines: list[dict[str, object]] = [
+        {"kind": "merging", "traffic": "90% hot", "variant": "slot", **load, **figures(results(10.0))},
+        {"kind": "stall", "streams": 1, "usual_ms": 9.0, "usual_longest_ms": 12.0, "merge_ms": [20.0, 30.0, 25.0],
+         "unmerge_ms": [11.0], "seconds": [1.5]},
+        {"kind": "parity", **parity, "lost": 0.01, "largest_logprob_difference": 0.02, "tokens_agree": True},
+        Bar("stall", 1.5, None, (1.0, 2.0), 2.0).row(),
+    ]  # fmt: skip
+    result = tmp_path / "result.jsonl"
+    result.write_text("".join(json.dumps(shared | line) + "\n" for line in lines))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text("<!-- merging:begin -->\nold\n<!-- merging:end -->\n")
+    assert publish.main([str(result), "--root", str(tmp_path)]) == 0
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| 90% hot | slot | 10.0 |" in text
+    assert "| 1 | 9.0 | 12.0 | 25.0 (20.0 to 30.0) | 11.0 (11.0 to 11.0) | 1.5 s |" in text
+    assert "removes 1.0% of the update" in text
+    assert "| stall | at most 2.00 | 1.50 |" in text
+
+
 def test_the_documents_have_the_markers() -> None:
     root = Path(__file__).resolve().parents[1]
-    assert "<!-- serving:end -->" in (root / "docs" / "performance.md").read_text()
+    assert {"<!-- serving:end -->", "<!-- merging:end -->"} <= set(
+        (root / "docs" / "performance.md").read_text().split("\n")
+    )
     assert "<!-- results:end -->" in (root / "README.md").read_text()
