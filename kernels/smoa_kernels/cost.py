@@ -51,9 +51,9 @@ class CostModel:
         return "modulate" if modulate < expand else "expand"
 
 
-# From the crossing points measured on AVX512-BF16 cores: bf16, layers of 896 and 4864, K = 4 and 8, r_k = 2 to 16.
-TORCH_COST = CostModel(form=20.0, form_per_rank=5.5, resident=4.0)
-CPP_COST = CostModel(form=5.5, form_per_rank=1.25, resident=7.5)
+# From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.
+TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
+CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
