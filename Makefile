@@ -7,6 +7,8 @@ MATRIX_PEFT ?= 0.19
 MATRIX_VENV ?= .venv-$(MATRIX_VERSION)
 PY := $(VENV)/bin/python
 ARGS ?=
+# Test files at the same time; each engine that a test starts computes on one thread.
+JOBS ?= 2
 WHAT ?= serving
 
 # Threads that wait must not spin: on a busy machine small models train many times slower otherwise.
@@ -31,11 +33,11 @@ serve: setup ## the demo's server, left running until Ctrl-C
 	@$(PY) -m smoa_serve.demo run --keep $(ARGS)
 
 test: setup ## all tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-matrix: ## the tests of the engine and of the PEFT method on the other supported releases of vLLM and PEFT
 	@SMOA_VLLM_VERSION=$(MATRIX_VERSION) SMOA_PEFT_VERSION=$(MATRIX_PEFT) $(or $(PYTHON),python3) scripts/setup_env.py --venv $(MATRIX_VENV)
-	@$(MATRIX_VENV)/bin/python -m pytest -m matrix $(ARGS)
+	@$(MATRIX_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m matrix $(ARGS)
 
 check: setup ## ruff and mypy
 	@$(PY) -m ruff check .
