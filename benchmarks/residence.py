@@ -1,6 +1,7 @@
 """Where the hot adapter of a comparison resides, and what its answers and everybody else's are there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -27,10 +28,10 @@ _MERGES = {Place.COMPENSATE: "compensate", Place.EXCLUSIVE: "exclusive"}
 
 
 class Hot:
-    """The hot adapter of one server.
+    """The hot adapter of one server. The automatic policy leaves all adapters where they are, until it is let in.
 
     Args:
-        url: of the server.
+        url: of the server; nothing is moved or pinned there yet.
         name: of the adapter.
 
     Attributes:
@@ -40,6 +41,24 @@ class Hot:
     def __init__(self, url: str, name: str) -> None:
         self._client, self.name = ServerClient(url), name
         self.place = Place.SLOT
+        self._all("pin")
+
+    @contextmanager
+    def left_to_the_policy(self) -> Iterator[None]:
+        """All adapters are the automatic policy's; afterwards they are in their slots again."""
+        self._all("unpin")
+        try:
+            yield
+        finally:
+            self._all("pin")
+            for entry in self._client.adapters():
+                if entry["residence"] in ("merged", "resident"):
+                    self._client.move(entry["name"], "slot")
+            self.place = Place.SLOT
+
+    def _all(self, target: str) -> None:
+        for entry in self._client.adapters():
+            self._client.move(entry["name"], target)
 
     def bring(self, place: Place, **options: object) -> dict[str, Any] | None:
         """Move it; what the server reports of the move, None where it was there.
@@ -61,6 +80,11 @@ class Hot:
                 report = self._client.move(self.name, "resident")
         self.place = place
         return report
+
+    @property
+    def shown(self) -> str:
+        """Where the server says that it is."""
+        return next(str(entry["residence"]) for entry in self._client.adapters() if entry["name"] == self.name)
 
 
 @dataclass(frozen=True)
