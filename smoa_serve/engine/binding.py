@@ -26,6 +26,7 @@ def bind_modules(manager: Any, adapter: Adapter, source: str) -> dict[str, SmoaL
     rename = _renamer(manager.model)
     packed = {part: (name, i) for name, parts in manager.packed_modules.items() for i, part in enumerate(parts)}
     reasons: list[str] = []
+    unfit: dict[str, list[str]] = {}  # reason -> modules: one cause often holds for all layers
     slices: dict[str, dict[int, ModuleUpdate]] = {}
     for module, update in adapter.modules.items():
         name = rename(module)
@@ -35,11 +36,12 @@ def bind_modules(manager: Any, adapter: Adapter, source: str) -> dict[str, SmoaL
             if not _elsewhere(manager, name):
                 reasons.append(f"{module} is no linear layer that this engine serves adapters on")
             continue
-        reasons += [
-            f"{module}: {reason}"
-            for reason in _unfit(layer, index, len(manager.packed_modules.get(layer_name, [0])), update)
-        ]
+        for reason in _unfit(layer, index, len(manager.packed_modules.get(layer_name, [0])), update):
+            unfit.setdefault(reason, []).append(module)
         slices.setdefault(layer_name, {})[index] = update
+    for reason, modules in unfit.items():
+        others = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+        reasons.append(f"{modules[0]}{others}: {reason}")
     reasons += _rank_reasons(manager, adapter)
     if not slices and not reasons and manager._pipeline_size == 1:
         reasons.append("no module of it meets a layer of this engine")
