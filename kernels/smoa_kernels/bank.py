@@ -1,7 +1,7 @@
 """The adapters of one (possibly packed) linear layer on one rank: slots of factors, and the blocks of W they use."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from smoa_kernels.errors import ShapeError, SlotError
 from smoa_kernels.implementations import default_implementation, native_fp8, require_implementation
 from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
 from smoa_kernels.partition import Partition, PartitionCache, partition_digest, sort_blocks
+from smoa_kernels.slots import SlotSlice
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
@@ -24,26 +25,6 @@ WeightBlock = Callable[[int, Tensor, Tensor], Tensor]
 RowScale = Callable[[int, Tensor], Tensor]
 FP8 = torch.float8_e4m3fn
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, eq=False)
-class SlotSlice:
-    """What one slot of one slice holds.
-
-    Attributes:
-        partition: its blocks.
-        rank: live rank, rows of a and b that count; 0 = it has no factors.
-        resident: blocks of dW in model dtype, None unless they are held.
-    """
-
-    partition: Partition
-    rank: int
-    resident: BlockStore | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether its delta is zero by construction."""
-        return not self.partition.blocks or (self.rank == 0 and self.resident is None)
 
 
 class LayerBank:
@@ -105,7 +86,7 @@ class LayerBank:
         self._row_scale = row_scale
         self.fp8 = row_scale is not None and self.implementation == "triton" and native_fp8(self.device)
         self._memo: dict[Hashable, tuple[int, Any]] = {}
-        self.tables = LayerTables(self) if self.implementation == "triton" else None
+        self.tables = LayerTables(self.a, self.b) if self.implementation == "triton" else None
 
     @property
     def partition_bytes(self) -> int:

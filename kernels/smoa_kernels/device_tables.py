@@ -5,20 +5,18 @@ numbers are those of `triton_kernels`, which cannot be imported where Triton is 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from smoa_kernels.aligned import AlignedBlocks
 from smoa_kernels.cost import CostModel
 from smoa_kernels.errors import PlanError
 from smoa_kernels.partition import Partition
-
-if TYPE_CHECKING:
-    from smoa_kernels.bank import LayerBank, SlotSlice
-    from smoa_kernels.plan import TokenGroup
+from smoa_kernels.slots import SlotSlice
+from smoa_kernels.tokens import TokenGroup
 
 SLICE_FIELDS, SLOT_FIELDS, TILE_FIELDS = 4, 12, 3
 # Most blocks of one partition: the grid of a launch is fixed, and a block may end in a cut tile.
@@ -30,22 +28,26 @@ TILE_TOKENS = 64
 class LayerTables:
     """The tables of one bank.
 
+    Args:
+        a, b: per slice the storages of the factors, [S, R, H_in] and [S, R, H_out].
+
     Attributes:
         slices: [slices, SLICE_FIELDS] int64: addresses of a and b, H_out, first row in the packed output.
         slots: [slices, S + 1, SLOT_FIELDS] int64: see `_slot_row`; the last slot is that of `LayerBank.merge`.
     """
 
-    def __init__(self, bank: "LayerBank") -> None:
-        offsets = np.cumsum((0, *bank.slices))
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        sizes = [int(storage.shape[2]) for storage in b]
         rows = [
-            (a.data_ptr(), b.data_ptr(), size, int(offset))
-            for a, b, size, offset in zip(bank.a, bank.b, bank.slices, offsets, strict=False)
+            (one.data_ptr(), other.data_ptr(), size, sum(sizes[:index]))
+            for index, (one, other, size) in enumerate(zip(a, b, sizes, strict=True))
         ]
-        self.slices = torch.tensor(rows, dtype=torch.int64, device=bank.device)
-        self.slots = torch.full((len(rows), bank.num_slots + 1, SLOT_FIELDS), -1, dtype=torch.int64, device=bank.device)
+        shape, device = (len(rows), int(a[0].shape[0]) + 1, SLOT_FIELDS), a[0].device
+        self.slices = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.slots = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._orders: dict[int, _Orders] = {}
 
-    def write(self, slots: Sequence[Sequence["SlotSlice | None"]]) -> None:
+    def write(self, slots: Sequence[Sequence[SlotSlice | None]]) -> None:
         """Takes what the slots hold now.
 
         Args:
@@ -60,7 +62,7 @@ class LayerTables:
                     table[index, slot] = self._slot_row(entry)
         self.slots.copy_(torch.from_numpy(table))
 
-    def _slot_row(self, entry: "SlotSlice") -> tuple[int, ...]:
+    def _slot_row(self, entry: SlotSlice) -> tuple[int, ...]:
         store, orders = _aligned(entry.partition.store), self._orders[id(entry.partition)]
         return (
             id(entry.partition) & (2**61 - 1),
@@ -125,7 +127,7 @@ class StepTables:
 
     def write(
         self,
-        groups: Sequence["TokenGroup"],
+        groups: Sequence[TokenGroup],
         order: NDArray[np.int64],
         ranks: Sequence[int],
         residents: Sequence[bool],

@@ -1,7 +1,6 @@
 """Which tokens of an engine step use which slot: built once on the host, shared by all layers."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
@@ -13,36 +12,11 @@ from torch import Tensor
 from smoa_kernels.cost import TRITON_COST
 from smoa_kernels.device_tables import StepTables
 from smoa_kernels.errors import PlanError
+from smoa_kernels.tokens import TokenGroup, TokenSet
 
 Value = TypeVar("Value")
 _VERSIONS = count(1)
 DEFAULT_RANK = 8  # until a slot is described
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """The tokens of one slot: positions [start, end) of the plan's token order."""
-
-    slot: int
-    start: int
-    end: int
-
-    @property
-    def count(self) -> int:
-        """Number of tokens."""
-        return self.end - self.start
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """Rows of x and y: a range where they are consecutive, else an index. Exactly one of the two is given."""
-
-    rows: slice | None
-    index: Tensor | None
-
-    def take(self, x: Tensor) -> Tensor:
-        """Those rows of x: a view for a range, a copy otherwise."""
-        return x[self.rows] if self.index is None else x.index_select(0, self.index)
 
 
 class StepPlan:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from smoa_kernels.bank import LayerBank, SlotSlice
+from smoa_kernels.bank import LayerBank
 from smoa_kernels.cost import CostModel
 from smoa_kernels.layout import BlockStore, PlainBlocks
 from smoa_kernels.partition import Partition
-from smoa_kernels.plan import StepPlan, TokenGroup, TokenSet
+from smoa_kernels.plan import StepPlan
+from smoa_kernels.slots import SlotSlice
+from smoa_kernels.tokens import TokenGroup, TokenSet
 
 Member = tuple[TokenGroup, int]  # an adapter's tokens and its live rank
 

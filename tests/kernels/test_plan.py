@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from smoa_kernels import PlanError, StepPlan
-from smoa_kernels.plan import TokenGroup
+from smoa_kernels.tokens import TokenGroup
 
 
 @pytest.fixture
