@@ -134,9 +134,9 @@ def _stalls(url: str, hot: Hot, plan: Plan) -> tuple[list[dict[str, object]], li
         found = measure_stalls(hot, url, models, STREAM_TOKENS, plan.cycles)
         rows.append({"kind": "stall", "streams": len(models), **asdict(found)})
         streams = f"{len(models)} running stream{'s' if len(models) > 1 else ''}"
-        for move, longest in (("merge", found.merge_ms), ("un-merge", found.unmerge_ms)):
+        for move, longest in (("a merge", found.merge_ms), ("an un-merge", found.unmerge_ms)):
             steps = found.steps(longest)
-            name = f"stall of {streams} by a {move}, decode steps"
+            name = f"stall of {streams} by {move}, decode steps"
             bars.append(Bar(name, statistics.median(steps), None, (min(steps), max(steps)), 2.0))
     return rows, bars
 

@@ -10,7 +10,8 @@ def section(rows: Sequence[Row]) -> str:
     """Setup, throughput by traffic, stalls, what rounding changes, the policy's last moves, the bars."""
     measured = [row for row in rows if row["kind"] == "merging"]
     parts = [setup_line(rows[0])]
-    parts.append(f"**{measured[0]['model']}**, {load_words(measured[0])}, {measured[0]['requests_sent']} requests.")
+    sent, rounds = measured[0]["requests_sent"], len(measured[0]["values"])
+    parts.append(f"**{measured[0]['model']}**, {load_words(measured[0])}, {sent} requests a repeat, rounds: {rounds}.")
     parts.append(model_table(measured, {"traffic": "traffic", "variant": "hot adapter"}))
     parts.append(stall_table([row for row in rows if row["kind"] == "stall"]))
     parts.append(parity_table([row for row in rows if row["kind"] == "parity"]))
