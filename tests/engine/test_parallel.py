@@ -1,6 +1,7 @@
 """Tensor and pipeline parallelism: two workers give the answers of the merged weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,76 @@ ADAPTERS = {
 TOKENS = 12
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
-def test_two_workers_answer_like_the_merged_weights(
-    parallel: str, vectors: Path, makers: Any, serving: Callable[..., Any], tmp_path: Path
-) -> None:
-    base = vectors / "e2e/tiny-llama/base"
-    paths = {
-        name: makers.make_adapter(base, tmp_path / name, kind, ranks, seed=seed)
+@pytest.fixture(scope="module")
+def base(vectors: Path) -> Path:
+    return vectors / "e2e/tiny-llama/base"
+
+
+@pytest.fixture(scope="module")
+def paths(base: Path, makers: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        name: makers.make_adapter(base, folder / name, kind, ranks, seed=seed)
         for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items())
     }
+
+
+@pytest.fixture(scope="module", params=["tensor", "pipeline"])
+def server(request: Any, base: Path, paths: dict[str, Path], serving: Callable[..., Any]) -> Iterator[Any]:
+    """Two workers, and every adapter in a slot."""
     with serving(
         base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "base"),
-        *("--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", f"--{parallel}-parallel-size", "2"),
-        *("--distributed-executor-backend", "mp", "--lora-modules"),
+        *("--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", f"--{request.param}-parallel-size", "2"),
+        *("--no-enable-prefix-caching", "--distributed-executor-backend", "mp", "--lora-modules"),
         *(f"{name}={path}" for name, path in paths.items()),
         VLLM_CPU_OMP_THREADS_BIND="0|1",
-    ) as server:
-        client = server.client()
-        assert {entry["residence"] for entry in server.adapters().values()} == {"slot"}
-        for name in ["base", *paths]:
-            model = makers.merged_model(base, paths.get(name))
-            for prompt in PROMPTS:
-                answer = client.completions.create(
-                    model=name,
-                    prompt=list(prompt),
-                    max_tokens=TOKENS,
-                    temperature=0,
-                    logprobs=0,
-                    extra_body={"return_token_ids": True, "ignore_eos": True},
-                ).choices[0]
-                check(model, list(prompt), answer.token_ids, answer.logprobs.token_logprobs)
+    ) as running:
+        yield running
+
+
+def ask(server: Any, model: str, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
+    """A greedy answer's tokens and their logprobs."""
+    answer = (
+        server.client()
+        .completions.create(
+            model=model,
+            prompt=list(prompt),
+            max_tokens=TOKENS,
+            temperature=0,
+            logprobs=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        .choices[0]
+    )
+    return answer.token_ids, answer.logprobs.token_logprobs
+
+
+def test_two_workers_answer_like_the_merged_weights(
+    server: Any, base: Path, paths: dict[str, Path], makers: Any
+) -> None:
+    assert {entry["residence"] for entry in server.adapters().values()} == {"slot"}
+    for name in ["base", *paths]:
+        model = makers.merged_model(base, paths.get(name))
+        for prompt in PROMPTS:
+            check(model, list(prompt), *ask(server, name, prompt))
+
+
+def test_two_workers_merge_and_unmerge(server: Any, paths: dict[str, Path]) -> None:
+    """Each in its own part of the weights, on the same step; everybody is asked at the same time."""
+    asked = [(name, prompt) for name in ("base", *paths) for prompt in PROMPTS]
+    before = [ask(server, *one) for one in asked]
+    for name in ("smoa-b", "hira"):
+        report = server.post(f"/v1/smoa/adapters/{name}/merge", {}).raise_for_status().json()
+        assert report["step"] == server.adapters()[name]["residence"] == "merged"
+        with ThreadPoolExecutor(len(asked)) as pool:
+            found = list(pool.map(lambda one: ask(server, *one), asked))
+        for (tokens, logprobs), (expected, known) in zip(found, before, strict=True):
+            assert tokens == expected
+            assert logprobs == pytest.approx(known, abs=1e-3)
+        server.post(f"/v1/smoa/adapters/{name}/unmerge", {}).raise_for_status()
+        assert server.adapters()[name]["residence"] == "slot"
+    assert [ask(server, *one) for one in asked] == before  # bit for bit
 
 
 def check(model: Any, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
