@@ -1,0 +1,183 @@
+"""The engine dies in the middle of a merge: nothing of it outlives the process."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.engine
+
+CRASHES = int(os.environ.get("SMOA_TEST_CRASHES", "1"))  # how often it is killed; each costs a start
+ADAPTERS = {"smoa": ("smoa", (4, 4)), "hira": ("hira", (4,)), "lora": ("lora", (8,))}
+MERGED = "smoa"
+PROMPTS = ([5, 17, 99, 3, 40], [88, 2, 61])
+TOKENS = 12
+MOVE_S = 5.0  # a move whose engine died under it may never be answered; the client gives up
+WITHIN_S = 0.5  # the kill comes at a random moment of so many seconds of merging and un-merging
+Answers = dict[tuple[str, int], tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What lies on disk: the base, the adapters, the store's copies of them.
+
+    Attributes:
+        root: above all of it.
+    """
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    def adapter(self, name: str) -> Path:
+        return self.root / "adapters" / name
+
+    def digests(self) -> dict[str, str]:
+        """Of every file by its path, locks aside."""
+        files = (file for file in sorted(self.root.rglob("*")) if file.is_file() and file.suffix != ".lock")
+        return {str(file.relative_to(self.root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def disk(vectors: Path, makers: Any, tmp_path_factory: pytest.TempPathFactory) -> Disk:
+    disk = Disk(tmp_path_factory.mktemp("crash"))
+    shutil.copytree(vectors / "e2e/tiny-llama/base", disk.base)
+    for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items()):
+        makers.make_adapter(disk.base, disk.adapter(name), kind, ranks, seed=seed)
+    return disk
+
+
+@contextmanager
+def served(disk: Disk, serving: Callable[..., Any]) -> Iterator[Any]:
+    """A server on that disk, with its store there too."""
+    with serving(
+        disk.base,
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "base"),
+        *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8", "--no-enable-prefix-caching", "--lora-modules"),
+        *(f"{name}={disk.adapter(name)}" for name in ADAPTERS),
+        SMOA_STORE_DIR=str(disk.root / "store"),
+        SMOA_AUTO_RESIDENT="0",
+    ) as server:
+        yield server
+
+
+def answers(server: Any) -> Answers:
+    """Everybody's greedy answers with their logprobs, one after the other: in float32 they repeat bit for bit."""
+    found: Answers = {}
+    for name in ("base", *ADAPTERS):
+        for index, prompt in enumerate(PROMPTS):
+            answer = (
+                server.client()
+                .completions.create(
+                    model=name,
+                    prompt=list(prompt),
+                    max_tokens=TOKENS,
+                    temperature=0,
+                    logprobs=0,
+                    extra_body={"return_token_ids": True, "ignore_eos": True},
+                )
+                .choices[0]
+            )
+            found[name, index] = (answer.token_ids, answer.logprobs.token_logprobs)
+    return found
+
+
+def process_of(server: Any, kind: str) -> int:
+    """The server's "EngineCore", or its "Worker", which holds the weights; on a CPU each is a process."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+            command = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        if session == server.process.pid and command.startswith(f"VLLM::{kind}"):
+            return int(folder.name)
+    raise AssertionError(f"the server has no process {kind}")
+
+
+class Mover(threading.Thread):
+    """Merges and un-merges until the server is gone.
+
+    Attributes:
+        moves: that came to their end; moving: one is under way.
+    """
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self.moves, self.moving = 0, threading.Event()
+
+    def run(self) -> None:
+        try:
+            while True:
+                for target in ("merge", "unmerge"):
+                    self.moving.set()
+                    self._server.post(f"/v1/smoa/adapters/{MERGED}/{target}", {}, timeout_s=MOVE_S).raise_for_status()
+                    self.moves += 1
+        except httpx.HTTPError:
+            return  # the engine is dead
+
+
+def stream(server: Any) -> None:
+    """Keeps the engine at work; ends with it."""
+    body = {"model": "base", "prompt": [1], "max_tokens": 250, "ignore_eos": True}
+    try:
+        while server.post("/v1/completions", body).is_success:
+            pass
+    except httpx.HTTPError:
+        return
+
+
+def answered(server: Any) -> bool:
+    """Whether the base answers."""
+    try:
+        body = {"model": "base", "prompt": [1], "max_tokens": 1}
+        return bool(server.post("/v1/completions", body, timeout_s=MOVE_S).is_success)
+    except httpx.HTTPError:
+        return False
+
+
+def crash(server: Any, kind: str, delay_s: float) -> None:
+    """Kill a process so long after the first merge began; nothing is answered from then on."""
+    threading.Thread(target=stream, args=(server,), daemon=True).start()
+    process, mover = process_of(server, kind), Mover(server)
+    mover.start()
+    mover.moving.wait()
+    time.sleep(delay_s)
+    os.kill(process, signal.SIGKILL)
+    mover.join(60)
+    assert not mover.is_alive()
+    assert not answered(server)
+    os.killpg(server.process.pid, signal.SIGKILL)  # it may wait for its last connections for long
+    server.process.wait(60)
+
+
+def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:
+    rng = random.Random()
+    expected: Answers = {}
+    before: dict[str, str] = {}
+    killed = "nothing killed yet"
+    for index in range(CRASHES + 1):
+        with served(disk, serving) as server:
+            found = answers(server)
+            expected, before = expected or found, before or disk.digests()
+            assert found == expected, killed
+            assert {entry["residence"] for entry in server.adapters().values()} == {"slot"}
+            if index < CRASHES:
+                kind, delay_s = ("Worker", "EngineCore")[index % 2], rng.uniform(0, WITHIN_S)
+                killed = f"{kind} killed {delay_s:.4f} s after a merge began"
+                crash(server, kind, delay_s)
+        assert disk.digests() == before, killed
