@@ -52,3 +52,7 @@ class MoveRefusedError(AdapterError):
 
 class MergeLossError(SmoaError):
     """Rounding would remove more of an update than is allowed."""
+
+
+class EngineGoneError(SmoaError):
+    """The engine ended while it was asked for something."""

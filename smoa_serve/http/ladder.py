@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from smoa_serve.errors import MoveRefusedError
+from smoa_serve.errors import EngineGoneError, MoveRefusedError
 from smoa_serve.http.revisions import Revision
 from smoa_serve.merge_loss import too_much_lost
 from smoa_serve.merge_policy import MergePolicy
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 STEPS = ("stored", "host", "slot", "resident", "merged")
 # How long the workers stage between two engine steps: less than a decode step of a small model.
 BUDGET_S = 0.01
+_ALIVE_S = 1.0  # how often it is asked whether the engine still lives
 
 BYTES = Gauge("smoa_adapter_bytes", "Bytes that a resident or merged adapter takes, all workers", ["adapter"])
 STEP = Gauge("smoa_adapter_step", "0 stored, 1 host, 2 slot, 3 resident, 4 merged", ["adapter"])
@@ -77,7 +78,7 @@ class Ladder:
                 raise MoveRefusedError(revision.name, reasons)
             worst = max(lost.values(), default=0.0)
             start = monotonic()
-            held = await self._engine.collective_rpc("smoa_merge", args=(policy.value,))
+            held = await self.call("smoa_merge", policy.value)
             longest = max(longest, monotonic() - start)
             return self._moved(revision, "merged", begin, longest, sum(one["bytes"] for one in held), worst)
 
@@ -91,7 +92,7 @@ class Ladder:
             if await self.step(revision) == "merged":
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
             begin, longest, _ = await self._stage(revision, "resident")
-            status = await self._engine.collective_rpc("smoa_status")
+            status = await self.call("smoa_status")
             size = sum(one["resident_bytes"].get(str(revision.lora_int_id), 0) for one in status)
             return self._moved(revision, "resident", begin, longest, size)
 
@@ -108,7 +109,7 @@ class Ladder:
         begin, longest = monotonic(), 0.0
         while True:
             start = monotonic()
-            reports = await self._engine.collective_rpc("smoa_stage", args=(revision.lora_int_id, target, BUDGET_S))
+            reports = await self.call("smoa_stage", revision.lora_int_id, target, BUDGET_S)
             longest = max(longest, monotonic() - start)
             reasons = sorted({reason for report in reports for reason in report["refused"]})
             if reasons:
@@ -117,12 +118,26 @@ class Ladder:
                 return begin, longest, reports
             await asyncio.sleep(0)
 
+    async def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Ask all workers.
+
+        Raises:
+            EngineGoneError: the engine ended meanwhile, and vLLM would never answer.
+        """
+        answer = asyncio.ensure_future(self._engine.collective_rpc(method, args=arguments))
+        while not (await asyncio.wait({answer}, timeout=_ALIVE_S))[0]:
+            if self._engine.errored:
+                answer.cancel()
+                raise EngineGoneError(f"the engine ended during {method}; restart the server")
+        answers: list[dict[str, Any]] = answer.result()
+        return answers
+
     async def _demote(self, revision: Revision) -> None:
-        await self._engine.collective_rpc("smoa_demote", args=(revision.lora_int_id,))
+        await self.call("smoa_demote", revision.lora_int_id)
 
     async def step(self, revision: Revision) -> str:
         """Where an adapter resides now."""
-        return step_of(await self._engine.collective_rpc("smoa_status"), revision.lora_int_id)
+        return step_of(await self.call("smoa_status"), revision.lora_int_id)
 
     def _moved(
         self, revision: Revision, step: str, begin: float, longest_s: float, size: int, lost: float | None = None

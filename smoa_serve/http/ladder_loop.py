@@ -10,6 +10,7 @@ from smoa_kernels.cost import CostModel
 
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.errors import MoveRefusedError
+from smoa_serve.http.counting import served
 from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
 from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
 from smoa_serve.http.moves import MAX_LOST
@@ -41,6 +42,7 @@ class LadderLoop:
         self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
         self._policy: Policy | None = None
         self._refused: set[str] = set()
+        self._asked = 0
 
     @property
     def allowed(self) -> PolicySettings:
@@ -58,19 +60,28 @@ class LadderLoop:
         """
         while True:
             await asyncio.sleep(self._settings.policy_interval_s)
+            if self._idle():
+                continue  # workers that are woken spin for a while
             try:
                 await self.look(state.openai_serving_models.revisions)
             except Exception:
-                if getattr(self._engine, "errored", False):
-                    return  # the engine is dead, which vLLM reports itself
+                if self._engine.errored:
+                    return  # which vLLM reports itself
                 logger.exception("The residence policy failed; it tries again")
+
+    def _idle(self) -> bool:
+        """Whether nothing was asked since the last look, and nothing runs."""
+        asked, before = served(self._engine).total(), self._asked
+        self._asked = asked
+        return asked == before and not self._engine.output_processor.request_states
 
     async def look(self, revisions: dict[str, Revision]) -> None:
         """One interval: measure, decide, move."""
-        statuses = await self._engine.collective_rpc("smoa_status")
+        statuses = await self._ladder.call("smoa_status")
         status = statuses[0]
         if status.get("cost") is None or status.get("refusal"):
             return
+        ran = self.rates.observe(status["steps"], status["tokens"])
         loads = [
             _load(revision, statuses, self.rates)
             for revision in revisions.values()
@@ -79,7 +90,7 @@ class LadderLoop:
         for load in loads:
             STEP.labels(load.name).set(STEPS.index(load.step))
             BYTES.labels(load.name).set(_held(load.name, revisions, statuses))
-        if not self.rates.observe(status["steps"], status["tokens"]):
+        if not ran:
             return
         if self._policy is None:
             self._policy = Policy(self.allowed, CostModel(**status["cost"]))

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
+from smoa_serve.errors import AdapterNotFoundError, EngineGoneError, MoveRefusedError
 from smoa_serve.http import parity
 from smoa_serve.http.ladder import Ladder, Move
 from smoa_serve.http.revisions import Revision
@@ -68,6 +68,8 @@ async def move(
         return _refused(error, 404)
     except MoveRefusedError as error:
         return _refused(error, 409)
+    except EngineGoneError as error:
+        return _refused(error, 503)
     return _report(name, done)
 
 
