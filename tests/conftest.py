@@ -1,6 +1,7 @@
 """Fixtures for all tests: recorded numbers, private cache folders, tiny base checkpoints."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,15 @@ def vector_index(vectors: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("smoa-cache")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> None:
+    """Log lines reach `caplog`, also after an engine of this process has sent them where vLLM's go."""
+    logger = logging.getLogger("smoa_serve")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,8 @@ def adapter_info(name: str) -> dict[str, Any]:
         parameters=1000,
         bytes=3 * 2**20,
         residence="slot",
+        resident_bytes=0,
+        pinned=False,
         order="recomputed",
         order_error=0.25,
         requests=7,
