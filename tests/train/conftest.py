@@ -14,6 +14,15 @@ LINES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of one process, also where an engine of another test has left its process group. PEFT 0.19 cannot load
+    LoRA beside one with a newer transformers."""
+    import torch.distributed
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two layers in float32; head_dim 32, the least that vLLM serves on a CPU."""
