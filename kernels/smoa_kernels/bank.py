@@ -115,7 +115,7 @@ class LayerBank:
         except BaseException:
             self._release(held)
             raise
-        self.clear(slot)
+        self._vacate(slot)
         for index, (update, entry) in enumerate(zip(updates, held, strict=True)):
             if update is not None and entry is not None:
                 self._write(index, slot, update, entry.partition)
@@ -129,11 +129,14 @@ class LayerBank:
             SlotError: no such slot.
         """
         self._check_slot(slot)
+        self._vacate(slot)
+        self._changed()
+
+    def _vacate(self, slot: int) -> None:
         self._release(self.slots[slot])
         self.slots[slot] = self._empty
         for storage in (*self.a, *self.b):
             storage[slot].zero_()
-        self._changed()
 
     def factors(self, index: int, slot: int) -> tuple[Tensor, Tensor]:
         """The live factors of a slot of one slice, in sorted order: a [r, H_in] and b [r, H_out], views."""

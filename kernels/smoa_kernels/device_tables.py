@@ -1,7 +1,7 @@
 """What the GPU kernels read of a bank and of a plan: tables in device memory that never move.
 
 A captured CUDA graph keeps the addresses; filling a slot or starting a step writes into the same memory. The fields'
-numbers are those of `triton_kernels`, which cannot be imported where Triton is missing.
+numbers are those of `triton_common`, which cannot be imported where Triton is missing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class LayerTables:
         Args:
             slots: per slot, per slice.
         """
-        held = {id(entry.partition): entry.partition for slot in slots for entry in slot if entry is not None}
+        held = {entry.partition.serial: entry.partition for slot in slots for entry in slot if entry is not None}
         self._orders = {key: self._orders.get(key) or _Orders(partition) for key, partition in held.items()}
         table = np.full(self.slots.shape, -1, np.int64)
         for slot, entries in enumerate(slots):
@@ -63,9 +63,9 @@ class LayerTables:
         self.slots.copy_(torch.from_numpy(table))
 
     def _slot_row(self, entry: SlotSlice) -> tuple[int, ...]:
-        store, orders = _aligned(entry.partition.store), self._orders[id(entry.partition)]
+        store, orders = _aligned(entry.partition.store), self._orders[entry.partition.serial]
         return (
-            id(entry.partition) & (2**61 - 1),
+            entry.partition.serial,
             entry.rank,
             store.weights.data_ptr(),
             store.table.data_ptr(),

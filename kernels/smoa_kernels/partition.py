@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Partition:
         blocks: the blocks with rows and columns, which tile the prefixes [0, live_rows) and [0, live_cols).
         store: the weight blocks.
         users: how many slots use it now.
+        serial: number of this object, unlike that of any other that this process has made.
         native_rows: row_order is the identity; native_cols likewise.
     """
 
@@ -56,6 +58,7 @@ class Partition:
     blocks: tuple[Block, ...]
     store: BlockStore
     users: int = 0
+    serial: int = field(init=False, default_factory=count().__next__)
     row_inverse: Tensor = field(init=False)
     native_rows: bool = field(init=False)
     native_cols: bool = field(init=False)

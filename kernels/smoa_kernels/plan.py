@@ -60,6 +60,7 @@ class StepPlan:
         self.residents = [False] * num_slots
         self.cost = TRITON_COST
         self.version = 0
+        self._described = False
         self._tables: StepTables | None = None
         self._slots: NDArray[np.int64] = np.empty(0, np.int64)
         self._cache: dict[Hashable, Any] = {}
@@ -96,8 +97,9 @@ class StepPlan:
         self.merged = merged
         slots = np.where(slots == self.num_slots, -1, slots)
         # Decoding sends the same map step after step: what was derived from it stays good.
-        if self.version and np.array_equal(slots, self._slots):
+        if self.version and not self._described and np.array_equal(slots, self._slots):
             return
+        self._described = False
         self._slots = slots.copy()
         self.num_tokens = int(slots.size)
         self.version = next(_VERSIONS)
@@ -109,7 +111,8 @@ class StepPlan:
         self._write_tables()
 
     def describe(self, slot: int, rank: int, resident: bool) -> None:
-        """Says what a slot holds, so that its tokens go the cheapest way. A wrong word costs time, never exactness.
+        """Says what a slot holds, so that its tokens go the cheapest way from the next update on. A wrong word costs
+        time, never exactness.
 
         Args:
             slot: 0 .. num_slots - 1.
@@ -118,7 +121,7 @@ class StepPlan:
         """
         if (self.ranks[slot], self.residents[slot]) != (rank, resident):
             self.ranks[slot], self.residents[slot] = rank, resident
-            self._write_tables()
+            self._described = True
 
     @property
     def tables(self) -> StepTables:

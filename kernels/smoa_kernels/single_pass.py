@@ -14,7 +14,7 @@ from smoa_kernels.device_tables import MAX_BLOCKS
 from smoa_kernels.errors import ShapeError
 from smoa_kernels.partition import Block, Partition
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.triton_kernels import prepare_kernel
+from smoa_kernels.triton_rows import prepare_kernel
 from smoa_kernels.triton_single_pass import gather_kernel, single_pass_kernel
 
 # Tokens of one step: beyond, the product is no longer bound by reading the weight.

@@ -12,7 +12,9 @@ from smoa_kernels.bank import LayerBank
 from smoa_kernels.device_tables import MAX_BLOCKS, TILE_TOKENS, LayerTables
 from smoa_kernels.errors import ShapeError
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.triton_kernels import add_rows_kernel, expand_kernel, prepare_kernel, tile_kernel
+from smoa_kernels.triton_expand import expand_kernel
+from smoa_kernels.triton_rows import add_rows_kernel, prepare_kernel
+from smoa_kernels.triton_tile import tile_kernel
 
 # Rows that are prepared at a time: bounds the scratch memory of a long prefill.
 CHUNK_ROWS = 2048
@@ -91,6 +93,10 @@ def smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, eve
         raise ShapeError("the bank", ["it was not made for the Triton kernels; make it with implementation='triton'."])
     step = plan.tables
     everything = everything or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    if everything and x.shape[0] > CHUNK_ROWS:
+        raise ShapeError(
+            "the graph", [f"it is for {x.shape[0]} tokens; scratch memory is held for {CHUNK_ROWS} at most."]
+        )
     tokens = x.shape[0] if everything else step.num_expand
     together = max(1, CHUNK_ROWS // rows_per_token(bank.max_rank))
     for base in range(0, tokens, together):
@@ -108,7 +114,7 @@ def _expand(y: Tensor, x: Tensor, bank: LayerBank, layer: LayerTables, plan: Ste
     grid = (_row_tiles(bank, launch.tile["BI"]), triton.cdiv(tokens, launch.tile["BT"]))
     expand_kernel[grid](
         y, rows, layer.slices, layer.slots, step.expand, plan.token_to_slot, number, base, tokens, y.stride(0),
-        rows.stride(1), rows.stride(0), bank.h_in, bank.max_rank, len(bank.slots), SLICES=len(bank.slices),
+        rows.stride(1), rows.stride(0), bank.max_rank, len(bank.slots), SLICES=len(bank.slices),
         MAX_BLOCKS=MAX_BLOCKS, FP8=bank.fp8, RANKS=ranks, **launch.options(),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from smoa_kernels.triton_kernels import (
+from smoa_kernels.triton_common import (
     ALIGNMENT,
     BLOCK_COLS,
     BLOCK_FIELDS,
@@ -14,11 +14,11 @@ from smoa_kernels.triton_kernels import (
     SLICE_FIELDS,
     SLICE_H_OUT,
     SLICE_OFFSET,
-    _dot,
-    _locate_block,
-    _locate_slice,
-    _position_slot,
-    _rows_tile,
+    dot,
+    locate_block,
+    locate_slice,
+    position_slot,
+    rows_tile,
 )
 
 # Fields of a slice's row in the table of a `SortedLayer`.
@@ -52,10 +52,10 @@ def single_pass_kernel(
         sorted_layer: [SLICES, FIELDS] int64. Others as in `expand_kernel`. Grid: (tiles of rows,).
     """
     dtype: tl.constexpr = y.dtype.element_ty
-    index, tile = _locate_slice(slices, tl.program_id(0).to(tl.int64), SLICES, MAX_BLOCKS, BI)
+    index, tile = locate_slice(slices, tl.program_id(0).to(tl.int64), SLICES, MAX_BLOCKS, BI)
     fields = sorted_layer + index * FIELDS
     table = tl.load(fields + TABLE).to(tl.pointer_type(tl.int64))
-    k, first = _locate_block(table, tl.load(fields + BLOCKS), tile, BI)
+    k, first = locate_block(table, tl.load(fields + BLOCKS), tile, BI)
     if k >= 0:
         total = tl.load(number)
         block = table + k * BLOCK_FIELDS
@@ -68,24 +68,24 @@ def single_pass_kernel(
         weights += row * stride
         inputs = rows + index * slice_stride
         products = expanded + index * expanded_slice_stride
-        _, slot, _, rank = _position_slot(slots, order, token_to_slot, total, u // RANKS, index, num_slots)
+        _, slot, _, rank = position_slot(slots, order, token_to_slot, total, u // RANKS, index, num_slots)
         slot, rank = slot.to(tl.int32), rank.to(tl.int32)
         live, inside, present = u % RANKS < rank, i < num_rows, t < total
         base = tl.zeros([BT, BI], tl.float32)
         update = tl.zeros([BT * RANKS, BI], tl.float32)
         for start in range(0, begin, BJ):
             j = start + tl.arange(0, BJ)
-            w = tl.trans(_rows_tile(weights, i, inside, j, begin, stride))
-            base = _dot(_rows_tile(inputs, t, present, j, begin, row_stride), w, base, dtype)
+            w = tl.trans(rows_tile(weights, i, inside, j, begin, stride))
+            base = dot(rows_tile(inputs, t, present, j, begin, row_stride), w, base, dtype)
         for start in range(begin, end, BJ):
             j = start + tl.arange(0, BJ)
-            w = tl.trans(_rows_tile(weights, i, inside, j, end, stride))
-            base = _dot(_rows_tile(inputs, t, present, j, end, row_stride), w, base, dtype)
-            update = _dot(_rows_tile(products, u, live, j, end, expanded_stride), w, update, dtype)
+            w = tl.trans(rows_tile(weights, i, inside, j, end, stride))
+            base = dot(rows_tile(inputs, t, present, j, end, row_stride), w, base, dtype)
+            update = dot(rows_tile(products, u, live, j, end, expanded_stride), w, update, dtype)
         for start in range(end, stride, BJ):
             j = start + tl.arange(0, BJ)
-            w = tl.trans(_rows_tile(weights, i, inside, j, stride, stride))
-            base = _dot(_rows_tile(inputs, t, present, j, stride, row_stride), w, base, dtype)
+            w = tl.trans(rows_tile(weights, i, inside, j, stride, stride))
+            base = dot(rows_tile(inputs, t, present, j, stride, row_stride), w, base, dtype)
         h_out = tl.load(slices + index * SLICE_FIELDS + SLICE_H_OUT)
         b = tl.load(slices + index * SLICE_FIELDS + SLICE_B).to(tl.pointer_type(dtype)) + row
         outer = tl.load(
