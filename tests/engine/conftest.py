@@ -46,6 +46,22 @@ class Server:
         """What every request carries."""
         return {"Authorization": f"Bearer {self.api_key}"}
 
+    def greedy(self, model: str, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[float]]:
+        """A greedy answer's tokens and their logprobs."""
+        (answer,) = (
+            self.client()
+            .completions.create(
+                model=model,
+                prompt=list(prompt),
+                max_tokens=max_tokens,
+                temperature=0,
+                logprobs=0,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+            .choices
+        )
+        return answer.token_ids, answer.logprobs.token_logprobs
+
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> httpx.Response:
         """POST JSON."""
         return httpx.post(f"{self.url}{path}", json=body, timeout=timeout_s, headers=self.headers)
@@ -181,6 +197,12 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 def makers() -> Any:
     """The module makers.py; test folders are no packages, so it is loaded by its path."""
     return _load_module("makers.py")
+
+
+@pytest.fixture(scope="session")
+def quantizing() -> Any:
+    """The module quantized_makers.py."""
+    return _load_module("quantized_makers.py")
 
 
 @pytest.fixture(scope="session")

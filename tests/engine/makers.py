@@ -1,7 +1,7 @@
 """Adapters with random factors, and models with an adapter's update added to the weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ def make_adapter(
     )
     write_portable(adapter, folder)
     return folder
+
+
+def make_adapters(base: Path, folder: Path, adapters: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, Path]:
+    """Adapters of those names, kinds and ranks below a folder, each with random numbers of its own."""
+    return {
+        name: make_adapter(base, folder / name, kind, ranks, seed=seed)
+        for seed, (name, (kind, ranks)) in enumerate(adapters.items())
+    }
 
 
 def _update(
@@ -105,20 +113,3 @@ def _merged_lora(model: Any, adapter: Path) -> Any:
         weight = model.get_submodule(module).weight
         weight += scaling * (b.float() @ a.float())
     return model
-
-
-def tiny_llama(folder: Path) -> Path:
-    """Write a random llama of two layers in float32 with the demo's tokenizer; head_dim 32, the least vLLM takes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-
-    folder.mkdir(parents=True)
-    write_tokenizer(folder)
-    pad, end = special_ids(folder / "tokenizer.json")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, vocab_size=VOCAB_SIZE, pad_token_id=pad, eos_token_id=end, bos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder

@@ -55,8 +55,7 @@ class Disk:
 def disk(vectors: Path, makers: Any, tmp_path_factory: pytest.TempPathFactory) -> Disk:
     disk = Disk(tmp_path_factory.mktemp("crash"))
     shutil.copytree(vectors / "e2e/tiny-llama/base", disk.base)
-    for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items()):
-        makers.make_adapter(disk.base, disk.adapter(name), kind, ranks, seed=seed)
+    makers.make_adapters(disk.base, disk.adapter(""), ADAPTERS)
     return disk
 
 
@@ -79,19 +78,7 @@ def answers(server: Any) -> Answers:
     found: Answers = {}
     for name in ("base", *ADAPTERS):
         for index, prompt in enumerate(PROMPTS):
-            answer = (
-                server.client()
-                .completions.create(
-                    model=name,
-                    prompt=list(prompt),
-                    max_tokens=TOKENS,
-                    temperature=0,
-                    logprobs=0,
-                    extra_body={"return_token_ids": True, "ignore_eos": True},
-                )
-                .choices[0]
-            )
-            found[name, index] = (answer.token_ids, answer.logprobs.token_logprobs)
+            found[name, index] = server.greedy(name, prompt, TOKENS)
     return found
 
 

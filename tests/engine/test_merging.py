@@ -26,11 +26,10 @@ CLOSE = 1e-4
 @pytest.fixture(scope="module")
 def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Path]:
     """Adapters on every linear layer, each with its own partition of the coordinates."""
-    folder, base = tmp_path_factory.mktemp("adapters"), vectors / "e2e/tiny-llama/base"
-    return {
-        name: makers.make_adapter(base, folder / name, kind, ranks, seed=seed)
-        for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items())
-    }
+    made: dict[str, Path] = makers.make_adapters(
+        vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("adapters"), ADAPTERS
+    )
+    return made
 
 
 @pytest.fixture(scope="module", params=["packed", "plain", "compiled"])
@@ -94,7 +93,7 @@ def solo(engine: Any, adapters: dict[str, Path]) -> dict[tuple[str | None, int],
     return {key: ask(engine, [key], adapters)[0] for key in keys}
 
 
-def check(engine: Any, solo: Any, adapters: dict[str, Path], keys: list[tuple[str | None, int]]) -> None:
+def assert_own_answers(engine: Any, solo: Any, adapters: dict[str, Path], keys: list[tuple[str | None, int]]) -> None:
     for key, answer in zip(keys, ask(engine, keys, adapters), strict=True):
         assert list(answer.token_ids) == list(solo[key].token_ids), key
         assert logprobs(answer) == pytest.approx(logprobs(solo[key]), abs=CLOSE), key
@@ -110,12 +109,12 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
     assert residence(engine)[str(number(merged))] == "merged"
     rng = random.Random(3)
     try:
-        check(engine, solo, adapters, [(merged, index) for index in range(len(PROMPTS))])
+        assert_own_answers(engine, solo, adapters, [(merged, index) for index in range(len(PROMPTS))])
         for others in (["lora-8", None], [name for name in MERGEABLE if name != merged], [None]):
             keys = [(name, rng.randrange(len(PROMPTS))) for name in (merged, *others, None)]
             rng.shuffle(keys)
-            check(engine, solo, adapters, keys)
-            check(engine, solo, adapters, [key for key in keys if key[0] != merged])
+            assert_own_answers(engine, solo, adapters, keys)
+            assert_own_answers(engine, solo, adapters, [key for key in keys if key[0] != merged])
     finally:
         engine.collective_rpc("smoa_demote", args=(number(merged),))
     for key in solo:
@@ -129,10 +128,10 @@ def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo
         (report,) = engine.collective_rpc("smoa_stage", args=(number("smoa-8-2"), "merged", 0.0005))
         reports.append(report)
         if len(reports) == 3:  # other adapters need its slot meanwhile
-            check(engine, solo, adapters, [(name, 0) for name in ("smoa-6-4", "hira-4", "lora-8")])
+            assert_own_answers(engine, solo, adapters, [(name, 0) for name in ("smoa-6-4", "hira-4", "lora-8")])
     assert len(reports) > 5
     engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
-    check(engine, solo, adapters, [("smoa-8-2", 0), (None, 0)])
+    assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), (None, 0)])
 
 
 def test_an_adapter_read_while_another_is_merged_gets_the_original_blocks(engine, solo, adapters):
@@ -142,7 +141,7 @@ def test_an_adapter_read_while_another_is_merged_gets_the_original_blocks(engine
     try:
         for name in ("hira-4", "smoa-6-4"):
             engine.collective_rpc(_forget_partitions)
-            check(engine, solo, adapters, [(name, 1), (None, 0), ("smoa-8-2", 2)])
+            assert_own_answers(engine, solo, adapters, [(name, 1), (None, 0), ("smoa-8-2", 2)])
     finally:
         engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
 
@@ -165,13 +164,13 @@ def test_resident_blocks_serve_and_go_with_the_slot(engine, solo, adapters):
     (status,) = engine.collective_rpc("smoa_status")
     assert status["residence"][str(number("smoa-6-4"))] == "resident"
     assert status["resident_bytes"][str(number("smoa-6-4"))] > 0
-    check(engine, solo, adapters, [("smoa-6-4", 0), ("smoa-6-4", 2), (None, 1), ("hira-4", 1)])
+    assert_own_answers(engine, solo, adapters, [("smoa-6-4", 0), ("smoa-6-4", 2), (None, 1), ("hira-4", 1)])
     engine.collective_rpc("smoa_demote", args=(number("smoa-6-4"),))
     assert residence(engine)[str(number("smoa-6-4"))] == "slot"
     stage(engine, "smoa-6-4", "resident")
-    check(engine, solo, adapters, [("smoa-8-2", 0), ("hira-4", 1), ("lora-8", 1)])  # take all three slots
+    assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), ("hira-4", 1), ("lora-8", 1)])  # take all three slots
     assert residence(engine)[str(number("smoa-6-4"))] == "host"
-    check(engine, solo, adapters, [("smoa-6-4", 0)])
+    assert_own_answers(engine, solo, adapters, [("smoa-6-4", 0)])
 
 
 def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
@@ -189,7 +188,7 @@ def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
     stage(engine, "smoa-8-2")
     assert refused("hira-4") == ["another adapter is merged; un-merge it first"]
     engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
-    check(engine, solo, adapters, [("smoa-8-2", 0)])
+    assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0)])
 
 
 def test_tokens_are_counted_by_adapter(engine, solo, adapters):

@@ -29,11 +29,10 @@ ADAPTERS = {
 @pytest.fixture(scope="module")
 def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Path]:
     """Adapters on every linear layer, each with its own partition of the coordinates."""
-    folder, base = tmp_path_factory.mktemp("adapters"), vectors / "e2e/tiny-llama/base"
-    return {
-        name: makers.make_adapter(base, folder / name, kind, ranks, seed=seed)
-        for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items())
-    }
+    made: dict[str, Path] = makers.make_adapters(
+        vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("adapters"), ADAPTERS
+    )
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def at(tiny: Any, name: str, target: str, **options: Any) -> Iterator[dict[str, 
         moved(tiny, name, "slot")
 
 
-def check_all(tiny: Any) -> None:
+def assert_all_answer_as_before(tiny: Any) -> None:
     """Everybody's answer, asked at the same time, is his own."""
     answers: dict[str, Any] = {}
 
@@ -70,11 +70,11 @@ def test_a_merged_adapter_and_everybody_else_answer_as_before(tiny: Any, policy:
         assert (shown["residence"], shown["resident_bytes"]) == ("merged", report["bytes"])
         assert {card.id: card.residence for card in tiny.client.models.list() if card.parent}[HOT] == "merged"
         assert tiny.metric("smoa_adapter_step") >= 4
-        check_all(tiny)
+        assert_all_answer_as_before(tiny)
     shown = tiny.server.adapters()[HOT]
     assert shown["residence"] in ("slot", "host")  # others may need its slot
     assert shown["resident_bytes"] == 0
-    check_all(tiny)
+    assert_all_answer_as_before(tiny)
 
 
 def test_a_stream_that_runs_goes_on_through_merge_and_unmerge(tiny: Any) -> None:
@@ -106,7 +106,7 @@ def test_resident_and_merged_in_turn(tiny: Any) -> None:
     with at(tiny, HOT, "resident") as report:
         assert report["step"] == "resident"
         assert tiny.server.adapters()[HOT]["resident_bytes"] == report["bytes"] > 0
-        check_all(tiny)
+        assert_all_answer_as_before(tiny)
     with at(tiny, HOT, "merge"):
         refused = move(tiny, HOT, "resident")
         assert refused.status_code == 409
@@ -114,7 +114,7 @@ def test_resident_and_merged_in_turn(tiny: Any) -> None:
         refused = move(tiny, "hira-r4", "merge")
         assert refused.status_code == 409
         assert "another adapter is merged" in refused.json()["error"]["message"]
-        check_all(tiny)
+        assert_all_answer_as_before(tiny)
 
 
 def test_the_check_compares_answers_before_and_after(tiny: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_merge_that_would_lose_too_much_is_refused_with_the_numbers(tiny: Any)
     assert "rounding to the weights' dtype would remove more than 0.0% of the update" in message
     assert "would lose" in message
     assert tiny.server.adapters()[HOT]["residence"] == "slot"
-    check_all(tiny)
+    assert_all_answer_as_before(tiny)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_new_content_under_the_name_of_a_merged_adapter(tiny: Any) -> None:
     assert found.tokens == tokens
     assert found.tokens != answers[0].tokens
     tiny.unload("swapped").raise_for_status()
-    check_all(tiny)
+    assert_all_answer_as_before(tiny)
 
 
 def fresh(tiny: Any, adapter: Any) -> tuple[list[int], Any]:
@@ -193,4 +193,4 @@ def test_the_command_line_moves_adapters(tiny: Any) -> None:
     run("unpin", HOT)
     assert tiny.server.adapters()[HOT]["pinned"] is False
     assert f"{HOT} resides at: slot" in run("unmerge", HOT)
-    check_all(tiny)
+    assert_all_answer_as_before(tiny)

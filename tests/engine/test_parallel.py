@@ -1,6 +1,6 @@
 """Tensor and pipeline parallelism: two workers give the answers of the merged weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,8 @@ def base(vectors: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def paths(base: Path, makers: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        name: makers.make_adapter(base, folder / name, kind, ranks, seed=seed)
-        for seed, (name, (kind, ranks)) in enumerate(ADAPTERS.items())
-    }
+    made: dict[str, Path] = makers.make_adapters(base, tmp_path_factory.mktemp("adapters"), ADAPTERS)
+    return made
 
 
 @pytest.fixture(scope="module", params=["tensor", "pipeline"])
@@ -49,23 +46,6 @@ def server(request: Any, base: Path, paths: dict[str, Path], serving: Callable[.
         yield running
 
 
-def ask(server: Any, model: str, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
-    """A greedy answer's tokens and their logprobs."""
-    answer = (
-        server.client()
-        .completions.create(
-            model=model,
-            prompt=list(prompt),
-            max_tokens=TOKENS,
-            temperature=0,
-            logprobs=0,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
-        .choices[0]
-    )
-    return answer.token_ids, answer.logprobs.token_logprobs
-
-
 def test_two_workers_answer_like_the_merged_weights(
     server: Any, base: Path, paths: dict[str, Path], makers: Any
 ) -> None:
@@ -73,27 +53,27 @@ def test_two_workers_answer_like_the_merged_weights(
     for name in ["base", *paths]:
         model = makers.merged_model(base, paths.get(name))
         for prompt in PROMPTS:
-            check(model, list(prompt), *ask(server, name, prompt))
+            assert_best_tokens(model, list(prompt), *server.greedy(name, prompt, TOKENS))
 
 
 def test_two_workers_merge_and_unmerge(server: Any, paths: dict[str, Path]) -> None:
     """Each in its own part of the weights, on the same step; everybody is asked at the same time."""
     asked = [(name, prompt) for name in ("base", *paths) for prompt in PROMPTS]
-    before = [ask(server, *one) for one in asked]
+    before = [server.greedy(*one, TOKENS) for one in asked]
     for name in ("smoa-b", "hira"):
         report = server.post(f"/v1/smoa/adapters/{name}/merge", {}).raise_for_status().json()
         assert report["step"] == server.adapters()[name]["residence"] == "merged"
         with ThreadPoolExecutor(len(asked)) as pool:
-            found = list(pool.map(lambda one: ask(server, *one), asked))
+            found = list(pool.map(lambda one: server.greedy(*one, TOKENS), asked))
         for (tokens, logprobs), (expected, known) in zip(found, before, strict=True):
             assert tokens == expected
             assert logprobs == pytest.approx(known, abs=1e-3)
         server.post(f"/v1/smoa/adapters/{name}/unmerge", {}).raise_for_status()
         assert server.adapters()[name]["residence"] == "slot"
-    assert [ask(server, *one) for one in asked] == before  # bit for bit
+    assert [server.greedy(*one, TOKENS) for one in asked] == before  # bit for bit
 
 
-def check(model: Any, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
+def assert_best_tokens(model: Any, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
     """Each token is the best one of the reference, with its logprob."""
     assert len(tokens) == TOKENS
     with torch.inference_mode():

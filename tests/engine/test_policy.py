@@ -16,11 +16,9 @@ WAIT_S = 90
 
 @pytest.fixture(scope="module")
 def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Path]:
-    folder, base = tmp_path_factory.mktemp("adapters"), vectors / "e2e/tiny-llama/base"
-    return {
-        name: makers.make_adapter(base, folder / name, "smoa", (4, 4), seed=seed)
-        for seed, name in enumerate(("first", "second"))
-    }
+    base, kinds = vectors / "e2e/tiny-llama/base", dict.fromkeys(("first", "second"), ("smoa", (4, 4)))
+    made: dict[str, Path] = makers.make_adapters(base, tmp_path_factory.mktemp("adapters"), kinds)
+    return made
 
 
 class Stream:

@@ -1,9 +1,7 @@
 """Quantized checkpoints, served: adapters on them do what they do on the float checkpoint of the same numbers."""
 
 import gc
-import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,21 +24,6 @@ TOKENS = 24
 # Logprobs of float16 models that round at different places, and how far an adapter moves them at least.
 ROUNDING, EFFECT = 1e-2, 1.0
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def load_module(file: str) -> Any:
-    """Test folders are no packages, so modules in them are loaded by their path."""
-    name = f"smoa_test_{Path(file).stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-quantized_makers = load_module("quantized_makers.py")
 
 
 @dataclass(frozen=True)
@@ -172,18 +155,15 @@ def make_requests(makers: Any, base: Path, folder: Path) -> dict[str, Any]:
     """The base and one adapter of each kind on every linear layer, fingerprinted against `base`."""
     from vllm.lora.request import LoRARequest
 
-    paths = {
-        kind: makers.make_adapter(base, folder / kind, kind, ranks, seed=number)
-        for number, (kind, ranks) in enumerate(ADAPTERS.items())
-    }
+    paths = makers.make_adapters(base, folder, {kind: (kind, ranks) for kind, ranks in ADAPTERS.items()})
     return {"base": None} | {
         kind: LoRARequest(kind, number, str(path)) for number, (kind, path) in enumerate(paths.items(), 1)
     }
 
 
-def serve_both(start: Start, makers: Any, folder: Path, kind: str, dtype: torch.dtype) -> Pair:
-    source = quantized_makers.make_float(folder / "source", dtype)
-    quantized, plain = quantized_makers.quantize(source, folder / kind, kind)
+def serve_both(start: Start, makers: Any, quantizing: Any, folder: Path, kind: str, dtype: torch.dtype) -> Pair:
+    source = quantizing.make_float(folder / "source", dtype)
+    quantized, plain = quantizing.quantize(source, folder / kind, kind)
     requests = make_requests(makers, plain, folder / "adapters")
     name = str(dtype).removeprefix("torch.")
 
@@ -201,8 +181,8 @@ def serve_both(start: Start, makers: Any, folder: Path, kind: str, dtype: torch.
 
 
 @pytest.fixture(scope="module", params=WEIGHT_ONLY)
-def pair(request: Any, start: Start, makers: Any, tmp_path_factory: Any) -> Pair:
-    return serve_both(start, makers, tmp_path_factory.mktemp(request.param), request.param, torch.float16)
+def pair(request: Any, start: Start, makers: Any, quantizing: Any, tmp_path_factory: Any) -> Pair:
+    return serve_both(start, makers, quantizing, tmp_path_factory.mktemp(request.param), request.param, torch.float16)
 
 
 def test_the_checkpoint_is_packed_as_vllm_reads_it(pair: Pair) -> None:
@@ -233,9 +213,11 @@ def test_the_log_states_the_memory_and_what_cannot_be_checked(pair: Pair) -> Non
     assert "14 of its 14 layers are quantized in this base" in pair.log
 
 
-def test_fp8_weights_are_read_where_activations_are_quantized(start: Start, makers: Any, tmp_path: Path) -> None:
+def test_fp8_weights_are_read_where_activations_are_quantized(
+    start: Start, makers: Any, quantizing: Any, tmp_path: Path
+) -> None:
     """Base and dequantized base differ by the rounding of activations; adapters add to that what they add anyway."""
-    pair = serve_both(start, makers, tmp_path, "fp8-channel", torch.bfloat16)
+    pair = serve_both(start, makers, quantizing, tmp_path, "fp8-channel", torch.bfloat16)
     base = BaseCheckpoint.open(pair.plain_path)
     for module, weight in pair.weights.items():
         assert torch.equal(weight, base.weight(module)[1:]), module
@@ -247,13 +229,13 @@ def test_fp8_weights_are_read_where_activations_are_quantized(start: Start, make
 
 
 def test_a_base_with_8_bit_activations_refuses_updates_and_serves_lora(
-    start: Start, makers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, makers: Any, quantizing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # vLLM 0.32 cannot start this base with adapters on CPUs without AMX: it asks the weight that it dropped for its
     # device.
     monkeypatch.setattr("vllm.lora.layers.base_linear._get_lora_device", lambda layer: torch.device("cpu"))
-    source = quantized_makers.make_float(tmp_path / "source", torch.bfloat16)
-    quantized, plain = quantized_makers.quantize(source, tmp_path / "w8a8", "w8a8")
+    source = quantizing.make_float(tmp_path / "source", torch.bfloat16)
+    quantized, plain = quantizing.quantize(source, tmp_path / "w8a8", "w8a8")
     requests = make_requests(makers, plain, tmp_path / "adapters")
     with recorded() as messages, start(quantized, dtype="bfloat16") as engine:
         for kind in ("smoa", "hira"):

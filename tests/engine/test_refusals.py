@@ -30,7 +30,7 @@ def goes_on(tiny: Any) -> Any:
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("goes_on")]
 
 
-def refused(tiny: Any, path: Path | str, *reasons: str, status: int = 400, name: str = "refused") -> str:
+def assert_refused(tiny: Any, path: Path | str, *reasons: str, status: int = 400, name: str = "refused") -> str:
     """Load it, and look for the reasons in the one message (vLLM takes absolute paths out of it)."""
     response = tiny.load(name, path)
     if response.status_code == 200:
@@ -77,7 +77,7 @@ def keep(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("change", [spoil_two, cut_two, lose_two])
 def test_bad_tensors_are_all_named(tiny: Any, change: Callable[[dict[str, Tensor]], None]) -> None:
     path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "bad-tensors", change)
-    refused(tiny, path, Q0, V1)
+    assert_refused(tiny, path, Q0, V1)
 
 
 def test_numbers_changed_after_they_were_written_are_noticed(tiny: Any) -> None:
@@ -85,30 +85,30 @@ def test_numbers_changed_after_they_were_written_are_noticed(tiny: Any) -> None:
         tensors[f"{Q0}.smoa_b"] += 1e-3 * (tensors[f"{Q0}.smoa_b"] != 0)
 
     path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "changed", change)
-    refused(tiny, path, "digest", "changed or damaged")
+    assert_refused(tiny, path, "digest", "changed or damaged")
 
 
 def test_unknown_targets_are_all_named(tiny: Any, renamed: Callable[..., Path]) -> None:
     names = {Q0: "model.layers.0.self_attn.z_proj", V1: "model.layers.7.self_attn.v_proj"}
-    refused(tiny, renamed("unknown-target", names), *names.values())
+    assert_refused(tiny, renamed("unknown-target", names), *names.values())
 
 
 def test_modules_of_another_shape_are_refused(tiny: Any, renamed: Callable[..., Path]) -> None:
-    refused(tiny, renamed("other-shape", {Q0: V1, V1: Q0}), Q0, V1)
+    assert_refused(tiny, renamed("other-shape", {Q0: V1, V1: Q0}), Q0, V1)
 
 
 def test_an_adapter_of_another_base_is_refused_for_every_module(tiny: Any, rewritten: Callable[..., Path]) -> None:
     def other(modules: dict[str, Any]) -> dict[str, Any]:
         return {name: replace(m, base=replace(m.base, sha256="0" * 64)) for name, m in modules.items()}
 
-    message = refused(tiny, rewritten("other-base", other), Q0, V1)
+    message = assert_refused(tiny, rewritten("other-base", other), Q0, V1)
     assert "base" in message
     assert message.count("model.layers.") == len(tiny.adapters["smoa-r8-k2"].deltas)
 
 
 def test_a_rank_over_the_limit_names_the_limit_and_the_flag(tiny: Any) -> None:
     adapter = tiny.make("too-wide", seed=50, rank=18, num_blocks=2)
-    refused(tiny, adapter.path, "9", "8", "--max-lora-rank")
+    assert_refused(tiny, adapter.path, "9", "8", "--max-lora-rank")
 
 
 def test_a_total_rank_over_the_limit_is_fine_when_every_branch_fits(tiny: Any) -> None:
@@ -123,26 +123,26 @@ def test_a_lora_over_the_limit_is_refused(tiny: Any) -> None:
             tensors[name] = torch.cat([tensors[name]] * 3, dim=dim)
 
     path = changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "wide-lora", widen, {"r": 12})
-    refused(tiny, path, "rank 12", "--max-lora-rank")
+    assert_refused(tiny, path, "rank 12", "--max-lora-rank")
 
 
 @pytest.mark.parametrize("peft_type", ["LORA", "HIRA"])
 def test_a_published_smoa_file_under_another_peft_type_is_refused(tiny: Any, vectors: Path, peft_type: str) -> None:
     source = vectors / "e2e/tiny-llama/adapters/qv_r8_k2_safetensors"
     path = changed_copy(source, tiny.root / f"lying-{peft_type}", keep, {"peft_type": peft_type})
-    refused(tiny, path, "num_blocks")
+    assert_refused(tiny, path, "num_blocks")
 
 
 def test_a_lora_file_that_says_smoa_is_refused(tiny: Any) -> None:
     config = {"peft_type": "SMOA", "num_blocks": 2}
     path = changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "lying-smoa", keep, config)
-    refused(tiny, path)
+    assert_refused(tiny, path)
 
 
 @pytest.mark.parametrize("peft_type", [None, "smoa", "VERA", 7])
 def test_a_kind_that_is_not_served_is_refused(tiny: Any, peft_type: Any) -> None:
     path = changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "kind", keep, {"peft_type": peft_type})
-    refused(tiny, path, "peft_type", "HIRA, LORA, SMOA")
+    assert_refused(tiny, path, "peft_type", "HIRA, LORA, SMOA")
 
 
 def test_bad_lora_tensors_are_all_named(tiny: Any) -> None:
@@ -151,7 +151,7 @@ def test_bad_lora_tensors_are_all_named(tiny: Any) -> None:
         name = f"base_model.model.{V1}.lora_B.weight"
         tensors[name] = tensors[name][:-1].contiguous()
 
-    refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "bad-lora", change), Q0, V1)
+    assert_refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "bad-lora", change), Q0, V1)
 
 
 def test_a_lora_on_the_output_head_is_refused(tiny: Any) -> None:
@@ -159,7 +159,7 @@ def test_a_lora_on_the_output_head_is_refused(tiny: Any) -> None:
         tensors["base_model.model.lm_head.lora_A.weight"] = torch.randn(4, 128)
         tensors["base_model.model.lm_head.lora_B.weight"] = torch.randn(128, 4)
 
-    refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "head-lora", change), "head")
+    assert_refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "head-lora", change), "head")
 
 
 def test_a_lora_for_a_module_that_the_base_lacks_is_refused(tiny: Any) -> None:
@@ -167,25 +167,25 @@ def test_a_lora_for_a_module_that_the_base_lacks_is_refused(tiny: Any) -> None:
         tensors["base_model.model.model.layers.0.self_attn.z_proj.lora_A.weight"] = torch.randn(4, 128)
         tensors["base_model.model.model.layers.0.self_attn.z_proj.lora_B.weight"] = torch.randn(128, 4)
 
-    refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "partial-lora", change), "z_proj")
+    assert_refused(tiny, changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "partial-lora", change), "z_proj")
 
 
 def test_a_configuration_key_that_may_change_the_maths_is_refused(tiny: Any, vectors: Path) -> None:
     source = vectors / "e2e/tiny-llama/adapters/qv_r8_k2_safetensors"
     config = {"new_scaling": 3, "bias": "all", "modules_to_save": ["lm_head"]}
     path = changed_copy(source, tiny.root / "unknown-key", keep, config)
-    refused(tiny, path, "new_scaling", "bias", "lm_head")
+    assert_refused(tiny, path, "new_scaling", "bias", "lm_head")
 
 
 def test_a_torn_or_foreign_file_is_refused(tiny: Any) -> None:
     path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "torn", keep)
     weights = path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(tiny, path, "cannot be read")
+    assert_refused(tiny, path, "cannot be read")
     (path / "adapter_config.json").write_text("{")
-    refused(tiny, path, "cannot be read")
+    assert_refused(tiny, path, "cannot be read")
     (path / "adapter_config.json").unlink()
-    refused(tiny, path, "there is no")
+    assert_refused(tiny, path, "there is no")
 
 
 def test_a_pickle_that_does_more_than_hold_tensors_is_not_run(tiny: Any, tmp_path: Path) -> None:
@@ -196,13 +196,13 @@ def test_a_pickle_that_does_more_than_hold_tensors_is_not_run(tiny: Any, tmp_pat
     path = changed_copy(tiny.adapters["lora-r4"].path, tiny.root / "trap", keep)
     (path / "adapter_model.safetensors").unlink()
     torch.save({"x": Trap()}, path / "adapter_model.bin")
-    refused(tiny, path, "cannot be read as a dictionary of tensors")
+    assert_refused(tiny, path, "cannot be read as a dictionary of tensors")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_folder_is_a_404(tiny: Any) -> None:
-    refused(tiny, tiny.root / "nowhere", "there is nothing at this path", status=404)
-    refused(tiny, "nowhere", "'nowhere'", "there is nothing at this path", status=404)
+    assert_refused(tiny, tiny.root / "nowhere", "there is nothing at this path", status=404)
+    assert_refused(tiny, "nowhere", "'nowhere'", "there is nothing at this path", status=404)
 
 
 def test_paths_outside_the_roots_are_forbidden_and_tell_nothing(tiny: Any, tmp_path: Path) -> None:
@@ -225,11 +225,11 @@ def test_paths_outside_the_roots_are_forbidden_and_tell_nothing(tiny: Any, tmp_p
     ]
     try:
         for path in paths[:-1]:
-            message = refused(tiny, path, "outside", status=403)
+            message = assert_refused(tiny, path, "outside", status=403)
             assert str(tmp_path) not in message.replace(str(path), "")
-        refused(tiny, paths[-1], status=404)
+        assert_refused(tiny, paths[-1], status=404)
         for path in (loop, "a\0b", "x" * 5000):
-            refused(tiny, path, status=403)
+            assert_refused(tiny, path, status=403)
     finally:
         link.unlink()
         loop.unlink()
@@ -243,23 +243,23 @@ def test_files_inside_an_adapter_may_not_lead_out_of_the_roots(tiny: Any, tmp_pa
     shutil.copytree(source, path)
     (path / outside.name).unlink()
     (path / outside.name).symlink_to(outside)
-    refused(tiny, path, status=403)
+    assert_refused(tiny, path, status=403)
 
 
 def test_a_repository_of_the_hub_is_not_fetched(tiny: Any) -> None:
-    refused(tiny, "someone/some-adapter", status=404)
+    assert_refused(tiny, "someone/some-adapter", status=404)
 
 
 @pytest.mark.parametrize(
     "name", ["", " ", "-x", "a b", "a@b", "smoa@0123456789abcdef", "ä", "a\nb", "a\0b", "x" * 257, "../x"]
 )
 def test_bad_names_are_refused(tiny: Any, name: str) -> None:
-    refused(tiny, tiny.adapters["smoa-r8-k2"].path, name=name)
+    assert_refused(tiny, tiny.adapters["smoa-r8-k2"].path, name=name)
 
 
 def test_the_base_models_name_is_no_adapters(tiny: Any) -> None:
     path = tiny.adapters["smoa-r8-k2"].path
-    refused(tiny, path, "base-model", name="base-model")
+    assert_refused(tiny, path, "base-model", name="base-model")
     assert tiny.load("base-model", path, load_inplace=True).status_code == 400
     assert tiny.unload("base-model").status_code == 404
 

@@ -29,10 +29,8 @@ ANSWERS = {
 
 
 @pytest.fixture(scope="module")
-def base(makers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama in float32 with the demo's tokenizer."""
-    folder: Path = makers.tiny_llama(tmp_path_factory.mktemp("base") / "tiny")
-    return folder
+def base(tiny_base: Path) -> Path:
+    return tiny_base
 
 
 @pytest.fixture(scope="module")

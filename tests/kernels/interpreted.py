@@ -54,7 +54,9 @@ def planned(bank: LayerBank, slots: Sequence[int], cost: CostModel, merged: bool
     return plan
 
 
-def check(bank: LayerBank, slots: Sequence[int], cost: CostModel, generator: torch.Generator) -> None:
+def assert_matches_reference(
+    bank: LayerBank, slots: Sequence[int], cost: CostModel, generator: torch.Generator
+) -> None:
     """Compares the op with the reference; rows without an adapter or beyond the batch keep their bits."""
     plan = planned(bank, slots, cost)
     x = torch.randn(len(slots) + 2, bank.h_in, generator=generator).to(bank.dtype)
@@ -77,7 +79,7 @@ def test_workloads(dtype, cost, name, generator):
     if cost is ALWAYS_RESIDENT:
         for slot in range(SLOTS):
             layer.bank.make_resident(slot)
-    check(layer.bank, workload(name, 24, SLOTS).tolist(), cost, generator)
+    assert_matches_reference(layer.bank, workload(name, 24, SLOTS).tolist(), cost, generator)
 
 
 @every_way
@@ -97,7 +99,7 @@ def test_odd_sizes(cost, h_in, slices, ranks, generator):
     layer = made(h_in, slices, {0: ranks, 2: ranks}, torch.float32, generator)
     if cost is ALWAYS_RESIDENT:
         layer.bank.make_resident(0)
-    check(layer.bank, [0, 2, -1, 0, 0, 2, 1], cost, generator)
+    assert_matches_reference(layer.bank, [0, 2, -1, 0, 0, 2, 1], cost, generator)
 
 
 @every_way
@@ -108,25 +110,25 @@ def test_one_batch_of_everything(cost, generator):
     rows[rows == 1], cols[cols == 2] = 9, 8
     layer.bank.set(1, [None, random_update(rows, cols, (1, 2, 3, 4) + (0,) * 6, generator)])
     layer.bank.make_resident(2)
-    check(layer.bank, [0, 1, -1, 2, 3, 2, 1, 0, 0, -1], cost, generator)
+    assert_matches_reference(layer.bank, [0, 1, -1, 2, 3, 2, 1, 0, 0, -1], cost, generator)
 
 
 @every_way
 def test_tokens_of_one_adapter_over_several_tiles(cost, generator):
     layer = made(32, (16,), {0: (2, 2), 1: (1, 2)}, torch.float32, generator)
-    check(layer.bank, [0] * 70 + [1] * 3 + [0] * 2, cost, generator)
+    assert_matches_reference(layer.bank, [0] * 70 + [1] * 3 + [0] * 2, cost, generator)
 
 
 @every_way
 def test_a_long_batch_in_chunks(cost, generator, monkeypatch):
     monkeypatch.setattr(triton_ops, "CHUNK_ROWS", 16)
     layer = made(32, (16,), {0: (2, 2), 1: (1, 2), 2: (2, 1)}, torch.float32, generator)
-    check(layer.bank, [0] * 9 + [1] * 3 + [0] * 2 + [2] * 11 + [-1, 1], cost, generator)
+    assert_matches_reference(layer.bank, [0] * 9 + [1] * 3 + [0] * 2 + [2] * 11 + [-1, 1], cost, generator)
 
 
 def test_a_token_alone(generator):
     layer = made(40, (24,), {3: (2, 2)}, torch.float32, generator)
-    check(layer.bank, [3], TRITON_COST, generator)
+    assert_matches_reference(layer.bank, [3], TRITON_COST, generator)
 
 
 @pytest.mark.parametrize("merged", [0, 1])
@@ -174,7 +176,7 @@ def test_tables_stay_where_they_are(generator):
     now = layer.bank.tables
     memory = (now.slices, now.slots, plan.tables.counts, plan.tables.expand, plan.tables.tiled, plan.tables.tiles)
     assert [tensor.data_ptr() for tensor in memory] == before
-    check(layer.bank, [1, 0, 1, -1], TRITON_COST, generator)
+    assert_matches_reference(layer.bank, [1, 0, 1, -1], TRITON_COST, generator)
 
 
 def test_more_blocks_than_a_launch_covers_are_refused(generator):

@@ -70,7 +70,7 @@ def fill(bank: LayerBank, slots: dict[int, tuple[int, ...]], generator: torch.Ge
         bank.set(slot, updates)
 
 
-def check(op: Op, bank: LayerBank, slots, generator: torch.Generator) -> None:
+def assert_matches_reference(op: Op, bank: LayerBank, slots, generator: torch.Generator) -> None:
     """Compares op with the reference on random x and y; rows without an adapter or beyond the batch keep their bits."""
     plan = StepPlan(len(slots) + 5, bank.num_slots, "cpu")
     plan.update(slots)
@@ -95,7 +95,7 @@ def test_workloads(implementation, op, dtype, name, generator):
         64, (48,), slots=6, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
     )
     fill(layer.bank, dict.fromkeys(range(6), (4, 4, 4, 4)), generator)
-    check(op, layer.bank, workload(name, 24, 6), generator)
+    assert_matches_reference(op, layer.bank, workload(name, 24, 6), generator)
 
 
 @every_op
@@ -117,7 +117,7 @@ def test_odd_sizes(implementation, op, dtype, h_in, h_out, ranks, generator):
         h_in, (h_out,), slots=3, max_rank=8, dtype=dtype, generator=generator, implementation=implementation
     )
     fill(layer.bank, dict.fromkeys(range(3), ranks), generator)
-    check(op, layer.bank, [0, 2, -1, 2, 1, 2], generator)
+    assert_matches_reference(op, layer.bank, [0, 2, -1, 2, 1, 2], generator)
 
 
 @every_op
@@ -127,7 +127,7 @@ def test_small_batches(implementation, op, dtype, slots, generator):
         24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator, implementation=implementation
     )
     fill(layer.bank, {1: (2, 2)}, generator)
-    check(op, layer.bank, slots, generator)
+    assert_matches_reference(op, layer.bank, slots, generator)
 
 
 @every_op
@@ -136,7 +136,7 @@ def test_more_tokens_than_are_summed_at_once(implementation, op, dtype, generato
         96, (80,), slots=70, max_rank=2, dtype=dtype, generator=generator, implementation=implementation
     )
     fill(layer.bank, dict.fromkeys(range(0, 70, 2), (2, 1)), generator)
-    check(op, layer.bank, workload("distinct", 150, 70), generator)
+    assert_matches_reference(op, layer.bank, workload("distinct", 150, 70), generator)
 
 
 @every_op
@@ -161,7 +161,7 @@ def test_several_partitions_and_ranks_at_once(implementation, op, dtype, generat
     )
     kinds = {0: (4,) * 4, 1: (4,) * 8, 2: (8,), 3: (2, 2), 4: (1,) * 4, 5: (4,) * 4, 6: (0, 3, 1, 0)}
     fill(layer.bank, kinds, generator)
-    check(op, layer.bank, workload("uniform", 40, 8), generator)
+    assert_matches_reference(op, layer.bank, workload("uniform", 40, 8), generator)
 
 
 @every_op
@@ -174,7 +174,7 @@ def test_slices_that_an_adapter_leaves_alone_keep_their_bits(implementation, op,
     cols = random_blocks(64, 2, generator)
     bank.set(0, [random_update(random_blocks(48, 2, generator), cols, (4, 4), generator), None, None])
     bank.set(2, [None, None, random_update(random_blocks(16, 2, generator), cols, (4, 4), generator)])
-    check(op, bank, [0, 1, 2, 2, 0], generator)
+    assert_matches_reference(op, bank, [0, 1, 2, 2, 0], generator)
     plan = StepPlan(2, 3, "cpu")
     plan.update([0, 2])
     x, y = torch.randn(2, 64, generator=generator).to(dtype), torch.full((2, 80), -0.0, dtype=dtype)
@@ -194,7 +194,7 @@ def test_rows_and_columns_without_a_block_contribute_nothing(implementation, op,
     rows, cols = random_blocks(32, 3, generator), random_blocks(40, 3, generator)
     rows[rows == 1], cols[cols == 0] = 9, 7
     layer.bank.set(0, [random_update(rows.clamp(max=3), cols.clamp(max=4), (4, 4, 4, 4, 4), generator)])
-    check(op, layer.bank, [0] * 9, generator)
+    assert_matches_reference(op, layer.bank, [0] * 9, generator)
     plan = StepPlan(1, 1, "cpu")
     plan.update([0])
     y = torch.full((1, 32), -0.0, dtype=dtype)
@@ -228,9 +228,9 @@ def test_slots_replaced_cleared_and_reloaded(implementation, op, dtype, generato
     slots = [0, 1, 1, 0]
     for kinds in ({0: (2, 2)}, {0: (4,), 1: (1, 1)}, {1: (3, 3)}, {0: (2, 2)}):
         fill(layer.bank, kinds, generator)
-        check(op, layer.bank, slots, generator)
+        assert_matches_reference(op, layer.bank, slots, generator)
     layer.bank.clear(0)
-    check(op, layer.bank, slots, generator)
+    assert_matches_reference(op, layer.bank, slots, generator)
 
 
 @every_op
@@ -337,4 +337,4 @@ def test_the_default_serves_every_dtype(generator):
     for dtype in DTYPES:
         layer = random_layer(24, (16,), slots=2, max_rank=4, dtype=dtype, generator=generator)
         fill(layer.bank, {0: (2, 2), 1: (4,)}, generator)
-        check(smoa_delta, layer.bank, [0, 1, -1, 1], generator)
+        assert_matches_reference(smoa_delta, layer.bank, [0, 1, -1, 1], generator)

@@ -42,7 +42,7 @@ def made(h_in, slices, dtype, generator, ranks) -> tuple[LayerBank, LayerBank]:
     return layer.bank, gpu
 
 
-def compare(cpu: LayerBank, gpu: LayerBank, slots, generator, cost=TRITON_COST) -> None:
+def assert_matches_reference(cpu: LayerBank, gpu: LayerBank, slots, generator, cost=TRITON_COST) -> None:
     """The op on the GPU against the reference on the CPU; idle rows keep their bits."""
     plans = StepPlan(len(slots), SLOTS, "cpu"), StepPlan(len(slots), SLOTS, "cuda")
     plans[1].cost = cost
@@ -63,7 +63,7 @@ def compare(cpu: LayerBank, gpu: LayerBank, slots, generator, cost=TRITON_COST) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_workloads(name, cost, dtype, generator):
     cpu, gpu = made(512, (384, 130), dtype, generator, (4, 4, 4, 4))
-    compare(cpu, gpu, workload(name, TOKENS, SLOTS).tolist(), generator, cost)
+    assert_matches_reference(cpu, gpu, workload(name, TOKENS, SLOTS).tolist(), generator, cost)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_workloads(name, cost, dtype, generator):
 )
 def test_shapes(h_in, slices, ranks, generator):
     cpu, gpu = made(h_in, slices, torch.bfloat16, generator, ranks)
-    compare(cpu, gpu, [t % (SLOTS + 1) - 1 for t in range(40)] + [0] * 200, generator)
+    assert_matches_reference(cpu, gpu, [t % (SLOTS + 1) - 1 for t in range(40)] + [0] * 200, generator)
 
 
 def test_a_graph_captured_once_serves_other_mixes(generator):

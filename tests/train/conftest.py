@@ -24,26 +24,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of two layers in float32; head_dim 32, the least that vLLM serves on a CPU."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    folder.mkdir()
-    write_tokenizer(folder)
-    pad, end = special_ids(folder / "tokenizer.json")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, vocab_size=VOCAB_SIZE, pad_token_id=pad, eos_token_id=end, bos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tokenizer(tiny_base: Path) -> Any:
     from transformers import AutoTokenizer
 
