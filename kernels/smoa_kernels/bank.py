@@ -172,6 +172,10 @@ class LayerBank:
         self._changed()
         return self.resident_bytes(slot)
 
+    def lacks_resident(self, slot: int) -> bool:
+        """Whether `make_resident` would have something to form."""
+        return any(entry is not None and not entry.idle and entry.resident is None for entry in self.slots[slot])
+
     def drop_resident(self, slot: int) -> None:
         """Gives the blocks of `make_resident` back.
 

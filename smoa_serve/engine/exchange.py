@@ -60,7 +60,7 @@ class HandlerExchange(WeightExchange):
         from vllm import _custom_ops as ops
 
         yield from self._weight.recover()
-        merged = self._weight.whole().clone()
+        merged = self._weight.whole().clone()  # an adapter that is read meanwhile takes its blocks from the original
         yield
         offset = 0
         for index, h_out in enumerate(bank.slices):

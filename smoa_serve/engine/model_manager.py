@@ -126,8 +126,9 @@ class SmoaModelManager(MovingManager):
         seen = (mapping, tuple(self.lora_index_to_id), self._content_version)
         if seen != self._seen:
             self._set_adapter_mapping(mapping)
+            self._traffic.begin(mapping.index_mapping)
             self._seen = seen
-        self._traffic.add(mapping.index_mapping)
+        self._traffic.step()
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         smoa_slots = {

@@ -72,11 +72,18 @@ class MovingManager(LRUCacheLoRAModelManager):
             self._content_version += 1
 
     def make_resident(self, lora_id: int) -> Iterator[None]:
-        """Form an adapter's blocks of dW, a layer at a time. Losing its slot takes them away again."""
-        slot = self._slot_of(lora_id)
-        for layer in self.merger.layers.values():
-            if self.lora_index_to_id[slot] != lora_id:
-                return
+        """Form an adapter's blocks of dW, a layer at a time. Losing its slot takes them away again; when that happens
+        meanwhile, the work begins anew in another slot.
+
+        Raises:
+            AdapterError: it cannot be resident here.
+        """
+        while True:
+            slot = self._slot_of(lora_id)
+            missing = (layer for layer in self.merger.layers.values() if layer.smoa_bank.lacks_resident(slot))
+            layer = next(missing, None)
+            if layer is None:
+                break
             layer.smoa_bank.make_resident(slot)
             yield
         self._resident.add(lora_id)

@@ -16,12 +16,14 @@ class Traffic:
         self._map: tuple[int, ...] = ()
         self._times = 0
 
-    def add(self, token_lora_ids: tuple[int, ...]) -> None:
-        """One step with these adapters, one number per token, 0 for the base."""
+    def begin(self, token_lora_ids: tuple[int, ...]) -> None:
+        """The steps from now on have these adapters, one number per token, 0 for the base."""
+        self._settle()
+        self._map = token_lora_ids
+
+    def step(self) -> None:
+        """One step with the adapters of the last `begin`."""
         self.steps += 1
-        if token_lora_ids is not self._map and token_lora_ids != self._map:
-            self._settle()
-            self._map = token_lora_ids
         self._times += 1
 
     def tokens(self) -> dict[int, int]:

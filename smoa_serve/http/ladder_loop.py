@@ -43,6 +43,7 @@ class LadderLoop:
         self._policy: Policy | None = None
         self._refused: set[str] = set()
         self._asked = 0
+        self._shown: set[str] = set()
 
     @property
     def allowed(self) -> PolicySettings:
@@ -87,16 +88,25 @@ class LadderLoop:
             for revision in revisions.values()
             if revision.staged.kind is not AdapterKind.LORA
         ]
-        for load in loads:
-            STEP.labels(load.name).set(STEPS.index(load.step))
-            BYTES.labels(load.name).set(_held(load.name, revisions, statuses))
+        self._show(loads, statuses, revisions)
         if not ran:
             return
         if self._policy is None:
             self._policy = Policy(self.allowed, CostModel(**status["cost"]))
-        movable = [load for load in loads if load.name not in self._ladder.pinned | self._refused]
+        kept = self._ladder.pinned | {name for name, one in revisions.items() if one.engine_name in self._refused}
+        movable = [load for load in loads if load.name not in kept]
         for decision in self._policy.decide(movable, self.rates.all):
             await self._act(decision, revisions[decision.name])
+
+    def _show(self, loads: list[Load], statuses: list[dict[str, Any]], revisions: dict[str, Revision]) -> None:
+        """Metrics of every adapter, and none of those that are gone."""
+        for name in self._shown - {load.name for load in loads}:
+            STEP.remove(name)
+            BYTES.remove(name)
+        for load in loads:
+            STEP.labels(load.name).set(STEPS.index(load.step))
+            BYTES.labels(load.name).set(_held(load.name, revisions, statuses))
+        self._shown = {load.name for load in loads}
 
     async def _act(self, decision: Decision, revision: Revision) -> None:
         try:
@@ -109,7 +119,7 @@ class LadderLoop:
                     move = await self._ladder.to_slot(revision)
             came = f"{move.step} after {move.seconds:.1f} s"
         except MoveRefusedError as error:
-            self._refused.add(decision.name)  # asking again would be refused again
+            self._refused.add(revision.engine_name)  # the same content would be refused again
             came = f"refused: {error}"
         logger.info("Policy: %s %s (%s): %s", decision.action, decision.name, decision.reason, came)
         now = datetime.now(UTC).isoformat(timespec="seconds")
