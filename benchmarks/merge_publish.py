@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.publish import Row, bar_table, load_words, model_table, setup_line, table
+from benchmarks.tables import Row, bar_table, load_words, model_table, setup_line, table
 
 
 def section(rows: Sequence[Row]) -> str:

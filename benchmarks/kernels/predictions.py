@@ -7,7 +7,7 @@ from benchmarks.kernels import floor
 from benchmarks.kernels.bars import PREFILL
 from benchmarks.kernels.cases import SHAPES, Case
 from benchmarks.kernels.floor import Ceilings, Work
-from benchmarks.publish import table
+from benchmarks.tables import table
 
 H200 = Ceilings(bytes_per_s=4.3e12, flops_per_s=790e12)
 # Assumed, not measured: Triton kernels of this kind reach this share of a floor; launches cost this much in a graph.

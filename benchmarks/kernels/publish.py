@@ -15,7 +15,7 @@ from benchmarks.kernels.cases import EQUAL
 from benchmarks.kernels.pictures import draw_ratios, draw_roofline
 from benchmarks.kernels.predictions import prediction_table
 from benchmarks.kernels.timing import MOST_WAITING
-from benchmarks.publish import ROOT, replace_section, setup_line, table
+from benchmarks.tables import ROOT, replace_section, setup_line, table
 
 Row = dict[str, Any]
 # (tokens, adapters) of the summary.
