@@ -21,7 +21,7 @@ from smoa_serve.spectral import even_ranks
 JSON_WORDS = ("{", "}", ":", ",", '"name"', '"age"', '"ann"', '"bob"', "1", "2")
 
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 16384
 # Below this distance between the best two tokens, the rounding of a batch may decide which one is chosen.
 NEAR_TIE = 1e-3
 LOGPROB_TOLERANCE = 1e-3
