@@ -49,28 +49,33 @@ async def move(
     target: Literal["merge", "unmerge", "resident", "slot", "pin", "unpin"],
     options: MergeRequest | None = None,
 ) -> Any:
-    """Merge, un-merge, keep resident, back to the slot; `pin` keeps the automatic policy away, `unpin` lets it in."""
+    """Merge, un-merge, keep resident, back to the slot. What is moved by hand stays there: the automatic policy is kept
+    away as by `pin`, until `unpin`."""
     state = raw_request.app.state
     ladder: Ladder = state.smoa_ladder
     try:
         revision = _revision(state.openai_serving_models.revisions, name)
-        match target:
-            case "merge":
-                return await _merge(state.engine_client, ladder, revision, options or MergeRequest())
-            case "resident":
-                done = await ladder.make_resident(revision)
-            case "unmerge" | "slot":
-                done = await ladder.to_slot(revision)
-            case "pin" | "unpin":
-                (ladder.pinned.add if target == "pin" else ladder.pinned.discard)(name)
-                done = Move(await ladder.step(revision), 0.0, 0.0, 0)
+        report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     except AdapterNotFoundError as error:
         return _refused(error, 404)
     except MoveRefusedError as error:
         return _refused(error, 409)
     except EngineGoneError as error:
         return _refused(error, 503)
-    return _report(name, done)
+    (ladder.pinned.discard if target == "unpin" else ladder.pinned.add)(name)
+    return report
+
+
+async def _move(engine: Any, ladder: Ladder, revision: Revision, target: str, options: MergeRequest) -> MoveReport:
+    match target:
+        case "merge":
+            return await _merge(engine, ladder, revision, options)
+        case "resident":
+            return _report(revision.name, await ladder.make_resident(revision))
+        case "unmerge" | "slot":
+            return _report(revision.name, await ladder.to_slot(revision))
+        case _:
+            return _report(revision.name, Move(await ladder.step(revision), 0.0, 0.0, 0))
 
 
 async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:

@@ -188,6 +188,8 @@ def test_the_command_line_moves_adapters(tiny: Any) -> None:
     merged = run("merge", HOT, "--policy", "exclusive", "--check")
     assert f"{HOT} resides at: merged" in merged
     assert "greedy tokens before and after agree" in merged
+    assert tiny.server.adapters()[HOT]["pinned"] is True  # what is moved by hand stays there
+    run("unpin", HOT)
     assert "merged" in run("pin", HOT)
     assert tiny.server.adapters()[HOT]["pinned"] is True
     run("unpin", HOT)
