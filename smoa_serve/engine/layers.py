@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
-from smoa_kernels.bank import FP8
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -158,7 +157,7 @@ def attach(
     layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
     layer.smoa_adds_lora = plan.device.type == "cpu" and not _has_own_forward(layer)
     # Elsewhere the blocks are dequantized, and finding out would cost the start some time.
-    fp8 = plan.device.type == "cuda" and layer.base_layer.weight.dtype is FP8 and layer.smoa_weight.is_fp8
+    fp8 = plan.device.type == "cuda" and layer.smoa_weight.is_kernel_fp8
     layer.smoa_bank = LayerBank(
         a=[_slots(stacked, num_slots) for stacked in layer.lora_a_stacked],
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from smoa_kernels.bank import FP8
 from torch import Tensor
 
 from smoa_serve.engine import quantized
@@ -83,8 +84,14 @@ class ServedWeight:
         picked = part if _is_all(rows, part.shape[0]) else part.index_select(0, rows)
         return picked if _is_all(cols, part.shape[1]) else picked.index_select(1, cols)
 
+    @property
+    def is_kernel_fp8(self) -> bool:
+        """Whether it `is_fp8` in the encoding that the kernels read."""
+        stored = quantized.quantized_weight(self._layer)
+        return stored is not None and stored[0].dtype is FP8 and self.is_fp8
+
     def fp8_block(self, index: int, rows: Tensor, cols: Tensor) -> Tensor:
-        """Like `block`, of a weight that `is_fp8`: as it is stored, [m, n] float8_e4m3fn; see `row_scale`."""
+        """Like `block`, of a weight that `is_kernel_fp8`: as it is stored, [m, n] float8_e4m3fn; see `row_scale`."""
         stored = quantized.quantized_weight(self._layer)
         assert stored is not None
         return quantized.picked(stored[0], rows + self._offsets[index], cols)

@@ -201,7 +201,7 @@ def test_fp8_blocks_are_dequantized_in_fp32_whatever_the_activations(dtype: torc
     assert torch.equal(everything, stands_for[:32].to(dtype))
     # What GPUs that know fp8 keep instead.
     raw, scales = weight.fp8_block(1, rows, cols), weight.row_scale(1, rows)
-    assert weight.is_fp8
+    assert weight.is_kernel_fp8
     assert raw.dtype is torch.float8_e4m3fn
     assert torch.equal((raw.float() * scales[:, None]).to(dtype), block)
 
