@@ -72,7 +72,7 @@ class ServedWeight:
             cols: int64 [n], input columns on this rank.
 
         Returns:
-            [m, n] in the model's dtype, contiguous, on the device.
+            [m, n] in the model's dtype, contiguous, on the device; a copy.
         """
         start = self._offsets[index]
         stored = quantized.quantized_weight(self._layer)
@@ -80,9 +80,8 @@ class ServedWeight:
             return quantized.dequantized(*stored, rows + start, cols, self.dtype)
         weight = self._full()
         part = weight[start : start + self._sizes[index]]
-        # A whole weight in its own order (HiRA) needs no copy.
-        picked = part if _is_all(rows, part.shape[0]) else part.index_select(0, rows)
-        return picked if _is_all(cols, part.shape[1]) else picked.index_select(1, cols)
+        # Always a copy, of a whole weight too (HiRA): another adapter may be merged into the weight itself later.
+        return part.index_select(0, rows).index_select(1, cols)
 
     @property
     def is_kernel_fp8(self) -> bool:
@@ -169,8 +168,3 @@ class ServedWeight:
                 f"a base layer of {rows}x{columns} gave {tuple(product.shape)} for {end - start} unit vectors"
             )
         recovered[:, start:end] = product.t()
-
-
-def _is_all(index: Tensor, size: int) -> bool:
-    """Whether an index takes everything in order."""
-    return index.numel() == size and bool(torch.equal(index, torch.arange(size, device=index.device)))

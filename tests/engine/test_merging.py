@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from smoa_kernels import cpp_build
 
 pytestmark = pytest.mark.engine
 
@@ -34,13 +35,15 @@ def adapters(vectors: Path, makers: Any, tmp_path_factory: Any) -> dict[str, Pat
 
 @pytest.fixture(scope="module", params=["packed", "plain", "compiled"])
 def engine(vectors: Path, in_process: Callable[..., Any], adapters: dict[str, Path], request: Any) -> Iterator[Any]:
-    """Three slots for four adapters. "plain": the weights lie in the open, as they do on a GPU. "compiled": packed, and
+    """Three slots for four adapters. "plain": the weights lie in the open, as they do on a GPU, and
+    torch computes the deltas, whose blocks may be views. "compiled": packed, and
     vLLM has compiled the model around the layers."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
             from vllm import _custom_ops as ops
 
             patch.setattr(ops, "_supports_onednn", False)
+            patch.setattr(cpp_build, "unavailable_reason", lambda device_type, dtype: "torch is tested")
         arguments = {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 4, "enable_prefix_caching": False}
         eager = request.param != "compiled"
         with in_process(vectors / "e2e/tiny-llama/base", enforce_eager=eager, **arguments) as engine:
