@@ -47,9 +47,12 @@ _AVX512 = InstructionSet(
     (*_AVX2.compiler_flags, "-mavx512f", "-mavx512bw", "-mavx512vl"),
 )
 _AVX512_BF16 = InstructionSet((*_AVX512.cpu_flags, "avx512_bf16"), (*_AVX512.compiler_flags, "-mavx512bf16"))
+_AMX_BF16 = InstructionSet(
+    (*_AVX512_BF16.cpu_flags, "amx_tile", "amx_bf16"), (*_AVX512_BF16.compiler_flags, "-mamx-tile", "-mamx-bf16")
+)
 # Best first.
 INSTRUCTION_SETS: Mapping[str, InstructionSet] = MappingProxyType(
-    {"avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
+    {"amx_bf16": _AMX_BF16, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
 )
 
 
@@ -90,17 +93,23 @@ def supported_instruction_sets() -> tuple[str, ...]:
 @cache
 def _load(dtype: torch.dtype, instruction_set: str | None) -> tuple[ctypes.CDLL | None, str | None]:
     """The kernel, or why there is none: tried once a process."""
+    chosen = instruction_set or _best_instruction_set(dtype)
     try:
-        loaded = ctypes.CDLL(str(_build(dtype, instruction_set or _best_instruction_set())))
+        loaded = ctypes.CDLL(str(_build(dtype, chosen)))
     except (BuildError, OSError) as error:
         logger.info("The C++ kernel for %s is not used, torch serves instead: %s", dtype, error)
         return None, str(error)
-    return loaded, None
+    if loaded.smoa_permitted():
+        return loaded, None
+    if instruction_set is None:  # some systems keep the tile unit from processes; the registers are everybody's
+        return _load(dtype, _best_instruction_set(None))
+    return None, f"the system does not let this process use {chosen}"
 
 
-def _best_instruction_set() -> str:
-    """The best one that the CPU has, the least demanding one if it has none."""
-    return (*supported_instruction_sets(), list(INSTRUCTION_SETS)[-1])[0]
+def _best_instruction_set(dtype: torch.dtype | None) -> str:
+    """The best one that the CPU has for an element type, the least demanding one if it has none."""
+    useful = [name for name in supported_instruction_sets() if dtype is torch.bfloat16 or name != "amx_bf16"]
+    return (*useful, list(INSTRUCTION_SETS)[-1])[0]
 
 
 def _missing_flags(instruction_set: str) -> list[str]:

@@ -33,7 +33,7 @@ struct Call {
     for (int64_t slice = 0; slice < layer.num_slices; ++slice)
       for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
     for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
-    for (int most = kMaxPanels; most > 0; most /= 2) {
+    for (int most = kMaxPanels<E>; most > 0; most /= 2) {
       tiles.clear();
       for (size_t j = 0; j < jobs.size(); ++j) add_tiles(static_cast<int32_t>(j), most);
       if (static_cast<int>(tiles.size()) >= 2 * omp_get_max_threads()) break;
@@ -114,6 +114,13 @@ struct Call {
     }
   }
 
+  // Elements behind a job's rows that a tile reads, and whose products nobody does.
+  static int64_t spare(const Partition<E>& part) {
+    int64_t widest = 0;
+    for (int64_t k = 0; k < part.num_blocks; ++k) widest = std::max(widest, part.blocks[k].packed_cols);
+    return Amx<E>::kUsed ? (kAmxRows - 1) * widest : 0;
+  }
+
   // Lays out the scratch memory from `base`; returns its size in bytes.
   int64_t place(char* base) {
     constexpr int64_t kSize = sizeof(E);
@@ -126,24 +133,24 @@ struct Call {
     for (Job<E>& job : jobs) {
       const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
-      sorted_bytes = std::max(sorted_bytes, (kSize * std::max(part.packed_cols, h_out) + 63) & ~int64_t{63});
+      sorted_bytes = std::max(sorted_bytes, (kSize * part.packed_cols + 63) & ~int64_t{63});
       job.delta_stride = (h_out + 31) & ~int64_t{31};
       job.delta = reinterpret_cast<E*>(take(job.num_tokens() * job.delta_stride * kSize));
       job.rows = reinterpret_cast<typename S::Row*>(
-          take(job.num_rows() * part.packed_cols * static_cast<int64_t>(sizeof(typename S::Row))));
+          take((job.num_rows() * part.packed_cols + spare(part)) * static_cast<int64_t>(sizeof(typename S::Row))));
       for (AloneGroup<E>& group : job.groups)
         if (!group.resident)
           group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));
     }
     panel_bytes = (panel_bytes + 63) & ~int64_t{63};
-    factor_bytes = steps(layer.max_rank) * kMaxPanels * static_cast<int64_t>(sizeof(typename S::Operand));
+    factor_bytes = steps(layer.max_rank) * kMaxPanels<E> * static_cast<int64_t>(sizeof(typename S::Operand));
     thread_space = take(omp_get_max_threads() * (sorted_bytes + panel_bytes + factor_bytes));
     return next - base;
   }
 
   Workspace<E> workspace(int thread) const {
     char* space = thread_space + thread * (sorted_bytes + panel_bytes + factor_bytes);
-    return {reinterpret_cast<E*>(space), reinterpret_cast<typename S::Formed*>(space + sorted_bytes),
+    return {{}, reinterpret_cast<E*>(space), reinterpret_cast<typename S::Formed*>(space + sorted_bytes),
             reinterpret_cast<typename S::Operand*>(space + sorted_bytes + panel_bytes)};
   }
 };

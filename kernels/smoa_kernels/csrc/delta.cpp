@@ -14,19 +14,20 @@
 
 namespace smoa {
 
-template <int P, int R, typename E>
-static void expand_tile(const Tile<E>& t, const typename Scheme<E>::Row* rows, const ExpandRow<E>* info,
-                        float (*sums)[kMaxPanels][kLanes], int32_t first_token, const E* ahead) {
+// `count` rows of at most R.
+template <int P, int R, typename E, typename Count>
+static void expand_tile(const Tile<E>& t, const typename Scheme<E>::Row* rows, const ExpandRow<E>* info, Count count,
+                        float (*sums)[kMaxPanels<E>][kLanes], int32_t first_token, const E* ahead) {
   Floats acc[P][R];
   multiply_tile<P, R>(t.weights, t.panel_stride, rows, t.block->packed_cols, t.groups(), ahead, acc);
   // Every row's b is a stream of its own, too many for the hardware to foresee: fetch what the next tile needs.
-  for (int r = 0; r < R; ++r) _mm_prefetch(info[r].b + t.row_start + P * kLanes, _MM_HINT_T0);
+  for (int r = 0; r < count; ++r) _mm_prefetch(info[r].b + t.row_start + P * kLanes, _MM_HINT_T0);
   // A token's ranks follow each other: its sum stays in registers until the next token's row.
   for (int p = 0; p < P; ++p) {
     const int64_t n = t.num_rows - p * kLanes;
     int32_t token = info[0].token;
     Floats sum = load(sums[token - first_token][p]);
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < count; ++r) {
       if (info[r].token != token) {
         store(sums[token - first_token][p], sum);
         token = info[r].token;
@@ -45,25 +46,30 @@ static void store_delta(const Job<E>& job, const Tile<E>& t, int64_t token, F&& 
   for (int p = 0; p < P; ++p) store_first(delta + p * kLanes, value(p), t.num_rows - p * kLanes);
 }
 
-// Calls f with the number of rows of each tile: `rows` rows in tiles of nearly equal size, at most R.
-template <int R, typename F>
+// Calls f(first row, room, rows) for each tile: `rows` rows in tiles of nearly equal size. Rows and room are the same
+// constant where products are made in registers.
+template <typename E, typename F>
 static void for_tiles(int64_t rows, F&& f) {
+  constexpr int R = kTileRows<E>;
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t i = 0, start = 0; i < tiles; ++i) {
     const int64_t end = rows * (i + 1) / tiles;
-    dispatch_rows<R>(static_cast<int>(end - start), [&](auto size) { f(start, size); });
+    if constexpr (Amx<E>::kUsed)
+      f(start, std::integral_constant<int, R>{}, static_cast<int>(end - start));
+    else
+      dispatch_rows<R>(static_cast<int>(end - start), [&](auto size) { f(start, size, size); });
     start = end;
   }
 }
 
 template <int P, typename E>
 static void expand_panels(const Job<E>& job, const Tile<E>& t, Ahead<E> ahead) {
-  float sums[kTokenChunk][kMaxPanels][kLanes];
+  float sums[kTokenChunk][kMaxPanels<E>][kLanes];
   for (const Chunk& chunk : job.chunks) {
     std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
-    for_tiles<kTileRows>(chunk.num_rows, [&](int64_t start, auto size) {
+    for_tiles<E>(chunk.num_rows, [&](int64_t start, auto room, auto count) {
       const int64_t row = chunk.first_row + start;
-      expand_tile<P, size>(t, job.row(*t.block, row), &job.expanded[row], sums, chunk.first_token, ahead.take());
+      expand_tile<P, room>(t, job.row(*t.block, row), &job.expanded[row], count, sums, chunk.first_token, ahead.take());
     });
     for (int32_t i = 0; i < chunk.num_tokens; ++i)
       store_delta<P>(job, t, chunk.first_token + i, [&](int p) { return load(sums[i][p]); });
@@ -76,11 +82,11 @@ static void multiply_group(const Job<E>& job, const Tile<E>& t, const AloneGroup
                            Ahead<M> ahead) {
   const auto* rows = job.row(*t.block, group.first_row);
   const int64_t row_size = t.block->packed_cols;
-  for_tiles<kTileRows>(group.num_tokens, [&](int64_t start, auto size) {
-    Floats acc[P][size];
-    multiply_tile<P, size>(panels, t.panel_stride, rows + start * row_size, row_size, row_size / Scheme<M>::kGroup,
+  for_tiles<M>(group.num_tokens, [&](int64_t start, auto room, auto count) {
+    Floats acc[P][room];
+    multiply_tile<P, room>(panels, t.panel_stride, rows + start * row_size, row_size, row_size / Scheme<M>::kGroup,
                            ahead.take(), acc);
-    for (int r = 0; r < size; ++r)
+    for (int r = 0; r < count; ++r)
       store_delta<P>(job, t, group.first_token + start + r, [&](int p) { return acc[p][r]; });
   });
 }
@@ -113,11 +119,12 @@ static void multiply_resident(const Job<E>& job, const Tile<E>& t, const Tile<E>
 }
 
 template <typename E>
-static void run_tile(const Call<E>& call, size_t index, const Workspace<E>& space) {
+static void run_tile(const Call<E>& call, size_t index, Workspace<E>& space) {
   const Tile<E>& t = call.tiles[index];
   const Tile<E>& next = call.tiles[index + 1 < call.tiles.size() ? index + 1 : index];
   const Job<E>& job = call.jobs[t.job];
-  dispatch_rows<kMaxPanels>(t.num_panels, [&](auto size) {
+  space.amx.configure(t.block->packed_cols);
+  dispatch_rows<kMaxPanels<E>>(t.num_panels, [&](auto size) {
     if (!job.chunks.empty())
       expand_panels<size>(job, t, Ahead<E>{next.weights, next.panel_stride, next.num_panels});
     for (const AloneGroup<E>& group : job.groups) {
@@ -132,11 +139,11 @@ static void run_tile(const Call<E>& call, size_t index, const Workspace<E>& spac
 // One token's delta of one slice onto y. Only here is y written: blocks interleave in it, so tiles that wrote it
 // themselves would take each other's cache lines away.
 template <typename E>
-static void add_output(const Call<E>& call, const Output& output, E* gathered) {
+static void add_output(const Call<E>& call, const Output& output) {
   const Job<E>& job = call.jobs[output.job];
   const Slice<E>& slice = call.slices[job.slice];
   add_permuted(call.y + output.token * call.y_stride + slice.y_offset, job.delta + output.position * job.delta_stride,
-               job.partition->row_inverse, job.partition->live_rows, slice.h_out, gathered);
+               job.partition->row_inverse, job.partition->live_rows, slice.h_out);
 }
 
 constexpr int kSpins = 2000;  // some tens of microseconds, then the core is offered to others
@@ -156,7 +163,7 @@ static void run(const Call<E>& call) {
   std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
 #pragma omp parallel
   {
-    const Workspace<E> space = call.workspace(omp_get_thread_num());
+    Workspace<E> space = call.workspace(omp_get_thread_num());
     for (size_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < items;) {
       prepare_item(call, i, space.sorted);
       items_done.fetch_add(1, std::memory_order_release);
@@ -169,7 +176,7 @@ static void run(const Call<E>& call) {
     }
     wait_for(tiles_done, call.tiles.size());
     for (size_t i; (i = next_output.fetch_add(1, std::memory_order_relaxed)) < call.outputs.size();)
-      add_output(call, call.outputs[i], space.sorted);
+      add_output(call, call.outputs[i]);
   }
 }
 
@@ -188,6 +195,9 @@ extern "C" int64_t smoa_delta(const smoa::Layer<smoa::Element>* layer, const smo
   smoa::run(call);
   return 0;
 }
+
+// Whether this process may use what the kernel was built for; to be asked before the first call.
+extern "C" int64_t smoa_permitted() { return smoa::Amx<smoa::Element>::permitted(); }
 
 // Threads that a call would use.
 extern "C" int64_t smoa_threads() { return omp_get_max_threads(); }

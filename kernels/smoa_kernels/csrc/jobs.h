@@ -64,7 +64,8 @@ struct Tile {  // some panels of one block: the unit of parallel work
   int64_t groups() const { return block->packed_cols / Scheme<E>::kGroup; }
 };
 
-// The panels of the tile that comes next, to be fetched one a pass; the last one again and again when they run out.
+// The panels of the tile that comes next, to be fetched one a pass, the last one again and again when they run out; by
+// the tile unit all of them in the first pass.
 template <typename E>
 struct Ahead {
   const E* weights;
@@ -72,7 +73,9 @@ struct Ahead {
   int32_t num_panels;
   const E* take() {
     const E* now = weights;
-    if (num_panels > 1) weights += panel_stride, --num_panels;
+    if constexpr (Amx<E>::kUsed)
+      weights = nullptr;
+    else if (num_panels > 1) weights += panel_stride, --num_panels;
     return now;
   }
 };
@@ -99,7 +102,8 @@ struct Output {
 
 template <typename E>
 struct Workspace {
-  E* sorted;  // one row of x, or of the output
+  typename Amx<E>::Session amx;
+  E* sorted;  // one row of x
   typename Scheme<E>::Formed* panels;
   typename Scheme<E>::Operand* factors;
 };

@@ -11,8 +11,10 @@ inline void sort_row(const E* x, const Partition<E>& part, E* sorted) {
   const int32_t* order = part.col_order;
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
-    for (int64_t j = 0; j < block.cols; ++j) sorted[block.packed_col + j] = x[order[block.col_start + j]];
-    for (int64_t j = block.cols; j < block.packed_cols; ++j) sorted[block.packed_col + j] = E{};
+    E* out = sorted + block.packed_col;
+    for (int64_t j = 0; j < block.cols; j += kLanes)
+      store_first(out + j, gather_first(x, order + block.col_start + j, block.cols - j), block.cols - j);
+    std::fill(out + block.cols, out + block.packed_cols, E{});
   }
 }
 

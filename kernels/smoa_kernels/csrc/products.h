@@ -1,12 +1,16 @@
 // The register-tiled products that the delta is made of.
 #pragma once
 
+#include "amx.h"
 #include "scheme.h"
 
 namespace smoa {
 
-constexpr int kMaxPanels = kRegisters == 32 ? 2 : 1;  // panels that share one pass over the rows of the other operand
-constexpr int kTileRows = kRegisters == 32 ? 8 : 5;   // rows of it in registers at once
+// Panels that share one pass over the rows of the other operand, and rows of it that one pass takes.
+template <typename E>
+constexpr int kMaxPanels = Amx<E>::kUsed ? 4 : kRegisters == 32 ? 2 : 1;
+template <typename E>
+constexpr int kTileRows = Amx<E>::kUsed ? kAmxRows : kRegisters == 32 ? 8 : 5;
 
 // acc[p][r] = panel p of W times row r: sum over the columns.
 //   w: panels of `groups` groups, `panel_stride` elements apart.
@@ -14,7 +18,7 @@ constexpr int kTileRows = kRegisters == 32 ? 8 : 5;   // rows of it in registers
 //   ahead: memory that is fetched meanwhile, as much as a panel.
 //   A function of its own, as the compiler else lacks registers for the sums in some of the places that use it.
 template <int P, int R, typename E, typename Row>
-[[gnu::noinline]] void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride,
+[[gnu::noinline]] void multiply_in_registers(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride,
                                      int64_t groups, const E* ahead, Floats (&acc)[P][R]) {
   using S = Scheme<E>;
   constexpr int kStep = S::kGroup * kLanes;
@@ -45,6 +49,16 @@ template <int P, int R, typename E, typename Row>
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[p][r] = sum[p][r];
+}
+
+// The same, by what this element type has for it.
+template <int P, int R, typename E, typename Row>
+inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
+                          const E* ahead, Floats (&acc)[P][R]) {
+  if constexpr (Amx<E>::kUsed)
+    Amx<E>::template multiply<P>(w, panel_stride, rows, row_stride, groups, ahead, acc);
+  else
+    multiply_in_registers<P, R>(w, panel_stride, rows, row_stride, groups, ahead, acc);
 }
 
 // out = W * (B A) for P panels and C columns, a multiple of kGroup; see modulate_panels.
@@ -87,15 +101,12 @@ template <int P, typename E>
 }
 
 // y[i] += delta[inverse[i]], rounded once, for the i with inverse[i] < live; the others keep their bits.
-//   gathered: room for `size` elements. A second pass over it, as a vector load right after the narrow stores it covers
-//   would wait for them to reach the cache.
 template <typename E>
-inline void add_permuted(E* y, const E* delta, const int32_t* inverse, int64_t live, int64_t size, E* gathered) {
+inline void add_permuted(E* y, const E* delta, const int32_t* inverse, int64_t live, int64_t size) {
   if (live == size) {
-    for (int64_t i = 0; i < size; ++i) gathered[i] = delta[inverse[i]];
     for (int64_t i = 0; i < size; i += kLanes) {
       const int64_t n = size - i;
-      store_first(y + i, add(load_first(y + i, n), load_first(gathered + i, n)), n);
+      store_first(y + i, add(load_first(y + i, n), gather_first(delta, inverse + i, n)), n);
     }
     return;
   }

@@ -73,6 +73,22 @@ inline void store_first(E* p, Floats v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(v, E{}));
 }
 
+inline Floats gather_first(const float* from, const int32_t* index, int64_t n) {
+  const __mmask16 lanes = first_lanes(n);
+  return _mm512_mask_i32gather_ps(zeros(), lanes, _mm512_maskz_loadu_epi32(lanes, index), from, 4);
+}
+// Whole aligned words, each the element and a neighbour: a word that holds an element lies in its page.
+template <typename E>
+inline Floats gather_first(const E* from, const int32_t* index, int64_t n) {
+  const int odd = (reinterpret_cast<uintptr_t>(from) & 2) != 0;
+  const __mmask16 lanes = first_lanes(n);
+  const __m512i at = _mm512_add_epi32(_mm512_maskz_loadu_epi32(lanes, index), _mm512_set1_epi32(odd));
+  const __m512i words =
+      _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, _mm512_srli_epi32(at, 1), from - odd, 4);
+  const __m512i upper = _mm512_slli_epi32(_mm512_and_si512(at, _mm512_set1_epi32(1)), 4);
+  return widen(_mm512_cvtepi32_epi16(_mm512_srlv_epi32(words, upper)), E{});
+}
+
 #else
 
 constexpr int kRegisters = 8;
@@ -161,5 +177,14 @@ inline float widen(Bf16 v) {
   return f;
 }
 inline float widen(Fp16 v) { return _cvtsh_ss(v.bits); }
+
+#ifndef __AVX512F__
+template <typename E>
+inline Floats gather_first(const E* from, const int32_t* index, int64_t n) {
+  float whole[kLanes] = {};
+  for (int64_t i = 0; i < n && i < kLanes; ++i) whole[i] = widen(from[index[i]]);
+  return load(whole);
+}
+#endif
 
 }  // namespace smoa
