@@ -14,7 +14,7 @@ from smoa_kernels.device_tables import MAX_BLOCKS, LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
 from smoa_kernels.implementations import default_implementation, native_fp8, require_implementation
 from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
-from smoa_kernels.partition import Partition, PartitionCache, partition_digest, sort_blocks
+from smoa_kernels.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.slots import SlotSlice
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 
@@ -40,6 +40,8 @@ class LayerBank:
             multiplied with. GPUs that know fp8 keep the blocks so, others in model dtype.
         retain_partitions: how many partitions that no slot uses are kept per slice, so that evicting an adapter and
             loading it again fetches nothing.
+        whole: for the C++ kernel: keep one partition of each slice inside the whole weight in its order, for steps
+            whose adapters all have that one (see `cpp_ops.one_pass`). As much memory as the weight.
         implementation: which one the blocks are laid out for and `smoa_delta` runs; None = the best one here.
             Of the others, all but "cpp" still serve the bank, slower.
 
@@ -65,6 +67,7 @@ class LayerBank:
         weight_block: WeightBlock,
         row_scale: RowScale | None = None,
         retain_partitions: int = 4,
+        whole: bool = False,
         implementation: str | None = None,
     ) -> None:
         check_storage(a, b)
@@ -84,6 +87,7 @@ class LayerBank:
         self._weight_block = weight_block
         self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
         self._row_scale = row_scale
+        self._whole = whole and self.implementation == "cpp"
         self.fp8 = row_scale is not None and self.implementation == "triton" and native_fp8(self.device)
         self._memo: dict[Hashable, tuple[int, Any]] = {}
         self.tables = LayerTables(self.a, self.b) if self.implementation == "triton" else None
@@ -263,6 +267,8 @@ class LayerBank:
             reason = f"slice {index}: it has {len(blocks)} blocks; on a GPU at most {MAX_BLOCKS} are allowed."
             raise ShapeError("the update", [reason])
         row_order, col_order = row_order.to(self.device), col_order.to(self.device)
+        if self._whole and self.whole_partition(index) is None:
+            return Partition(digest, row_order, col_order, blocks, self._keep_whole(index, row_order, col_order, blocks))
         dtype = self.dtype if self._row_scale is None else FP8
         weights, scales = [], []
         for block in blocks:
@@ -279,6 +285,20 @@ class LayerBank:
             weights = [(w.float() * s[:, None]).to(self.dtype) for w, s in zip(weights, scales, strict=True)]
             scales = []
         return Partition(digest, row_order, col_order, blocks, self._keep(weights, scales))
+
+    def _keep_whole(self, index: int, row_order: Tensor, col_order: Tensor, blocks: Sequence[Block]) -> BlockStore:
+        ends = [block.row_end for block in blocks]
+        bands = [
+            self._weight_block(index, row_order[start:end], col_order)
+            for start, end in zip([0, *ends], [*ends, len(row_order)], strict=True)
+        ]
+        inside = [band[:, block.col_start : block.col_end] for band, block in zip(bands, blocks, strict=False)]
+        return PackedBlocks(inside, bands)
+
+    def whole_partition(self, index: int) -> Partition | None:
+        """The partition of a slice whose weight is whole."""
+        held = self._partitions[index].held
+        return next((p for p in held if isinstance(p.store, PackedBlocks) and p.store.whole), None)
 
     def _keep(self, blocks: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> BlockStore:
         match self.implementation:

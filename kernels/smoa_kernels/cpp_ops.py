@@ -12,7 +12,7 @@ from torch import Tensor
 from smoa_kernels.bank import LayerBank
 from smoa_kernels.cost import CostModel
 from smoa_kernels.cpp_build import library
-from smoa_kernels.errors import ImplementationError
+from smoa_kernels.errors import ImplementationError, ShapeError
 from smoa_kernels.layout import BlockStore, PackedBlocks
 from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan
@@ -33,6 +33,7 @@ class _Step(ctypes.Structure):
         ("groups", ctypes.c_void_p),
         ("token_order", ctypes.c_void_p),
         ("num_groups", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
         ("form", ctypes.c_double),
         ("form_per_rank", ctypes.c_double),
         ("resident", ctypes.c_double),
@@ -44,7 +45,9 @@ class LayerTable:
 
     def __init__(self, bank: LayerBank, instruction_set: str | None) -> None:
         self.kernel = _kernel(bank.dtype, instruction_set)
-        partitions = {id(e.partition): e.partition for slot in bank.slots for e in slot if e is not None}
+        whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
+        used = [entry.partition for slot in bank.slots for entry in slot if entry is not None]
+        partitions = {p.serial: p for p in (*used, *whole) if p is not None}
         # The arrays and the partitions live as long as the pointers to them.
         self._partitions: Sequence[Partition] = tuple(partitions.values())
         index = {key: i for i, key in enumerate(partitions)}
@@ -53,11 +56,11 @@ class LayerTable:
             for i, entry in enumerate(held):
                 if entry is not None and entry.partition.blocks:
                     resident = _packed(entry.resident).weights.data_ptr() if entry.resident else 0
-                    entries[i, slot] = index[id(entry.partition)], entry.rank, resident
+                    entries[i, slot] = index[entry.partition.serial], entry.rank, resident
         offsets = np.cumsum((0, *bank.slices))
         slices = [
-            (a.data_ptr(), b.data_ptr(), size, offset)
-            for a, b, size, offset in zip(bank.a, bank.b, bank.slices, offsets, strict=False)
+            (a.data_ptr(), b.data_ptr(), size, offset, -1 if own is None else index[own.serial])
+            for a, b, size, offset, own in zip(bank.a, bank.b, bank.slices, offsets[:-1], whole, strict=True)
         ]
         self._orders = [(p.row_inverse.int(), p.col_order.int()) for p in self._partitions]
         rows = [_partition_row(*pair) for pair in zip(self._partitions, self._orders, strict=True)]
@@ -76,7 +79,7 @@ class StepTable:
         rows = [(group.slot, group.start, group.end) for group in plan.groups]
         self._groups: NDArray[np.int64] = np.array(rows, np.int64)
         self.step = _Step(
-            self._groups.ctypes.data, plan.token_order.data_ptr(), len(rows),
+            self._groups.ctypes.data, plan.token_order.data_ptr(), len(rows), plan.num_tokens,
             cost.form, cost.form_per_rank, cost.resident,
         )  # fmt: skip
         self.address = ctypes.addressof(self.step)
@@ -86,7 +89,7 @@ class StepTable:
 def _kernel(dtype: torch.dtype, instruction_set: str | None) -> Callable[..., int]:
     function = library(dtype, instruction_set).smoa_delta
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size]
+    function.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, size, pointer]
     function.restype = size
     return function
 
@@ -98,8 +101,10 @@ def _partition_row(partition: Partition, orders: tuple[Tensor, Tensor]) -> tuple
         store.table.ctypes.data,
         store.weights.data_ptr(),
         len(partition.blocks),
+        len(store.table),
         store.packed_cols,
         partition.live_rows,
+        store.whole,
     )
 
 
@@ -129,6 +134,66 @@ def smoa_delta_cpp(
     Raises:
         ImplementationError: the kernel cannot be built here, or the bank's blocks are not packed for it.
     """
+    _call(y, x, bank, plan, cost, instruction_set, False, None)
+
+
+def one_pass(bank: LayerBank, plan: StepPlan) -> bool:
+    """Whether `smoa_linear_cpp` can serve a step: each slice's weight is whole, in the partition of all adapters of the
+    step that change the slice, and nothing is merged."""
+    return bank.memo("one pass", plan.version, lambda: _one_pass(bank, plan))
+
+
+def _one_pass(bank: LayerBank, plan: StepPlan) -> bool:
+    whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
+    if plan.merged or None in whole:
+        return False
+    return all(
+        entry is None or entry.idle or entry.partition is own
+        for group in plan.groups
+        for entry, own in zip(bank.slots[group.slot], whole, strict=True)
+    )
+
+
+def smoa_linear_cpp(
+    x: Tensor,
+    bank: LayerBank,
+    plan: StepPlan,
+    bias: Tensor | None = None,
+    cost: CostModel | None = None,
+    instruction_set: str | None = None,
+) -> Tensor:
+    """The layer's output with the deltas of its tokens' adapters, from one read of the weight.
+
+    Args:
+        x: [T, H_in] model dtype, T = plan.num_tokens; rows may be apart.
+        bank: made with `whole=True`; plan: a step that `one_pass` holds of.
+        bias: [H_out] of the layer, model dtype.
+        cost, instruction_set: as in `smoa_delta_cpp`.
+
+    Returns:
+        [T, H_out] model dtype, rounded once.
+
+    Raises:
+        ShapeError: the bank cannot serve this step in one pass.
+    """
+    if not one_pass(bank, plan) or x.shape != (plan.num_tokens, bank.h_in) or x.dtype is not bank.dtype:
+        reason = "it takes the tokens of one plan, unmerged, whose slots all share the partition of the whole weight"
+        raise ShapeError("the single pass", [f"{reason}; x is {tuple(x.shape)} {x.dtype}."])
+    y = x.new_empty(plan.num_tokens, bank.h_out)
+    _call(y, x if x.stride(1) == 1 else x.contiguous(), bank, plan, cost, instruction_set, True, bias)
+    return y
+
+
+def _call(
+    y: Tensor,
+    x: Tensor,
+    bank: LayerBank,
+    plan: StepPlan,
+    cost: CostModel | None,
+    instruction_set: str | None,
+    whole: bool,
+    bias: Tensor | None,
+) -> None:
     cost = cost or bank.cost
     table = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
     step = plan.cached(("cpp", cost), lambda: StepTable(plan, cost))
@@ -137,7 +202,7 @@ def smoa_delta_cpp(
     while needed:
         needed = table.kernel(
             table.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
-            scratch.data_ptr(), scratch.numel(),
+            scratch.data_ptr(), scratch.numel(), whole, None if bias is None else bias.data_ptr(),
         )  # fmt: skip
         if needed:
             scratch = plan.scratch(needed)

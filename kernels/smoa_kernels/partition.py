@@ -152,6 +152,11 @@ class PartitionCache:
             del self._held[digest]
 
     @property
+    def held(self) -> tuple[Partition, ...]:
+        """All partitions, used or not."""
+        return tuple(self._held.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all partitions held, used or not."""
         return sum(partition.nbytes for partition in self._held.values())

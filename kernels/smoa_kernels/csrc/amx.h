@@ -11,14 +11,14 @@ namespace smoa {
 
 constexpr int kAmxRows = 16;  // rows of the other operand in a tile; all are always read
 
+struct NoSession {};
+
 // Element types that the tile unit does not take.
 template <typename E>
 struct Amx {
   static constexpr bool kUsed = false;
   static bool permitted() { return true; }
-  struct Session {  // of one thread in one call
-    void configure(int64_t) {}
-  };
+  using Session = NoSession;
 };
 
 #ifdef __AMX_BF16__
@@ -39,7 +39,7 @@ struct Amx<Bf16> {
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   }
 
-  // Tiles 0 to 3 hold sums, 4 rows of the other operand, 5 pairs of columns; 6 and 7 are 4 and 5 for the columns that
+  // Of one thread in one call. Tiles 0 to 3 hold sums, 4 rows of the other operand, 5 pairs of columns; 6 and 7 are 4 and 5 for the columns that
   // are left at the end of a block. The configuration of before comes back: oneDNN keeps its own on the same threads.
   struct Session {
     Config before;
@@ -64,9 +64,11 @@ struct Amx<Bf16> {
   // acc[p][r] = panel p of W times row r, of kAmxRows rows in memory; see multiply_tile. `ahead` has P panels, and is
   // null where nothing is to be fetched.
   template <int P>
-  [[gnu::noinline]] static void multiply(const Bf16* w, int64_t panel_stride, const Bf16* rows, int64_t row_stride,
-                                         int64_t groups, const Bf16* ahead, Floats (&acc)[P][kAmxRows]) {
+  [[gnu::noinline]] static void multiply(Session& session, const Bf16* w, int64_t panel_stride, const Bf16* rows,
+                                         int64_t row_stride, int64_t groups, const Bf16* ahead, int64_t ahead_stride,
+                                         Floats (&acc)[P][kAmxRows]) {
     constexpr int64_t kPairs = 16, kTile = kPairs * 2 * kLanes;
+    session.configure(2 * groups);
     _tile_zero(0);
     if constexpr (P > 1) _tile_zero(1);
     if constexpr (P > 2) _tile_zero(2);
@@ -76,7 +78,7 @@ struct Amx<Bf16> {
       if (ahead)
         for (int p = 0; p < P; ++p)
           for (int64_t line = 0; line < kTile; line += 32)
-            _mm_prefetch(ahead + p * panel_stride + j * kTile + line, _MM_HINT_T1);
+            _mm_prefetch(ahead + p * ahead_stride + j * kTile + line, _MM_HINT_T1);
 #define SMOA_STEP(panel, left, right)                          \
   if constexpr (P > panel) {                                   \
     _tile_loadd(right, w + panel * panel_stride, 4 * kLanes);  \

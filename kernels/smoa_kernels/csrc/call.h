@@ -18,20 +18,26 @@ struct Call {
   int64_t y_stride;
   const E* x;
   int64_t x_stride;
+  bool whole;     // the output is written, base product included
+  const E* bias;  // of the output
   std::vector<Job<E>> jobs;
   std::vector<Row> sources;
   std::vector<Pairing> pairings;
+  std::vector<const Job<E>*> biased;
   std::vector<Tile<E>> tiles;
   std::vector<Output> outputs;
   int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
   char* thread_space = nullptr;
 
-  Call(const Layer<E>& layer, const Step& step, E* y, int64_t y_stride, const E* x, int64_t x_stride)
+  Call(const Layer<E>& layer, const Step& step, E* y, int64_t y_stride, const E* x, int64_t x_stride, bool whole,
+       const E* bias)
       : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), y(y), y_stride(y_stride), x(x),
-        x_stride(x_stride) {
+        x_stride(x_stride), whole(whole), bias(bias) {
     std::vector<int32_t> job_of(layer.num_partitions, -1);
-    for (int64_t slice = 0; slice < layer.num_slices; ++slice)
+    for (int64_t slice = 0; slice < layer.num_slices; ++slice) {
+      if (whole) job(slice, slices[slice].whole, job_of);
       for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
+    }
     for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
     for (int most = kMaxPanels<E>; most > 0; most /= 2) {
       tiles.clear();
@@ -46,30 +52,36 @@ struct Call {
     return slices[slice].b + slot * layer.max_rank * slices[slice].h_out;
   }
 
-  void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
-    const Entry<E>& entry = layer.entries[slice * layer.num_slots + group.slot];
-    if (entry.partition < 0 || (entry.rank == 0 && !entry.resident)) return;
-    int32_t& index = job_of[entry.partition];
+  // The job of a partition, which is made at need.
+  int32_t job(int64_t slice, int64_t partition, std::vector<int32_t>& job_of) {
+    int32_t& index = job_of[partition];
     if (index < 0) {
       index = static_cast<int32_t>(jobs.size());
       jobs.emplace_back();
       jobs.back().slice = slice;
-      jobs.back().partition = &layer.partitions[entry.partition];
+      jobs.back().partition = &layer.partitions[partition];
     }
+    return index;
+  }
+
+  void add_group(int64_t slice, const Group& group, std::vector<int32_t>& job_of) {
+    const Entry<E>& entry = layer.entries[slice * layer.num_slots + group.slot];
+    if (entry.partition < 0 || (entry.rank == 0 && !entry.resident)) return;
+    const int32_t index = job(slice, entry.partition, job_of);
     Job<E>& job = jobs[index];
     const int64_t count = group.end - group.start;
     const int32_t* tokens = step.token_order + group.start;
     const Way way = choose_way(step, static_cast<double>(count), entry);
     if (way != Way::kExpand) {
-      job.groups.push_back({group.slot, entry.rank, job.plain_rows, job.plain_rows, count, tokens,
+      job.groups.push_back({group.slot, entry.rank, job.alone_tokens, count, tokens,
                             way == Way::kResident ? entry.resident : nullptr, nullptr});
-      job.plain_rows += count;
+      job.alone_tokens += count;
       return;
     }
     const E* b = factor_b(slice, group.slot);
     for (int64_t t = 0; t < count; ++t) {
       const auto position = static_cast<int32_t>(job.expand_tokens.size());
-      sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t],
+      sources.push_back({index, static_cast<int32_t>(group.slot), static_cast<int32_t>(entry.rank), tokens[t], position,
                          static_cast<int64_t>(job.expanded.size())});
       job.expand_tokens.push_back(tokens[t]);
       if (position % kTokenChunk == 0)
@@ -80,46 +92,56 @@ struct Call {
     }
   }
 
-  // The rows of the groups alone come after all expanded rows, whose number is only known now.
+  // Where the tokens that do not expand stand: after those that do, whose number is only known now.
   void add_rows(int32_t j) {
     Job<E>& job = jobs[j];
-    const auto expanding = static_cast<int32_t>(job.expand_tokens.size());
-    for (int32_t i = 0; i < expanding; ++i) outputs.push_back({j, i, job.expand_tokens[i]});
+    std::vector<char> placed(whole ? step.num_tokens : 0);
+    const auto place = [&](int64_t position, int32_t token) {
+      outputs.push_back({j, static_cast<int32_t>(position), token});
+      if (whole) placed[token] = 1;
+    };
+    for (int64_t i = 0; i < job.num_expanding(); ++i) place(i, job.expand_tokens[i]);
     for (size_t g = 0; g < job.groups.size(); ++g) {
       AloneGroup<E>& group = job.groups[g];
-      group.first_row += static_cast<int64_t>(job.expanded.size());
-      group.first_token += expanding;
+      group.first_token += job.num_expanding();
       if (!group.resident) pairings.push_back({j, static_cast<int32_t>(g)});
       for (int64_t t = 0; t < group.num_tokens; ++t) {
-        sources.push_back({j, static_cast<int32_t>(group.slot), 0, group.tokens[t], group.first_row + t});
-        outputs.push_back({j, static_cast<int32_t>(group.first_token + t), group.tokens[t]});
+        add_plain(j, group.tokens[t], group.first_token + t);
+        place(group.first_token + t, group.tokens[t]);
       }
     }
+    for (size_t token = 0; token < placed.size(); ++token)
+      if (!placed[token]) job.bare.push_back(static_cast<int32_t>(token));
+    for (size_t i = 0; i < job.bare.size(); ++i) {
+      add_plain(j, job.bare[i], job.first_bare() + static_cast<int64_t>(i));
+      place(job.first_bare() + static_cast<int64_t>(i), job.bare[i]);
+    }
+    job.first_plain = whole ? 0 : job.num_expanding();
+  }
+
+  void add_plain(int32_t j, int32_t token, int64_t position) {
+    sources.push_back({j, 0, 0, token, static_cast<int32_t>(position), 0});
   }
 
   // Each block in groups of at most `most` panels, of nearly equal size.
   void add_tiles(int32_t j, int64_t most) {
     const Partition<E>& part = *jobs[j].partition;
-    for (int64_t k = 0; k < part.num_blocks; ++k) {
+    for (int64_t k = 0; k < (whole ? part.num_bands : part.num_blocks); ++k) {
       const Block& block = part.blocks[k];
-      const int64_t stride = block.packed_cols * kLanes, parts = (block.panels() + most - 1) / most;
+      const int64_t formed = block.packed_cols * kLanes, parts = (block.panels() + most - 1) / most;
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = block.panels() * i / parts, end = block.panels() * (i + 1) / parts;
         const int64_t row = block.row_start + first * kLanes;
-        const int64_t panels_size = (end - first) * stride * static_cast<int64_t>(sizeof(typename S::Formed));
+        const int64_t panels_size = (end - first) * formed * static_cast<int64_t>(sizeof(typename S::Formed));
         if (!jobs[j].groups.empty() && panels_size > panel_bytes) panel_bytes = panels_size;
-        tiles.push_back({j, static_cast<int32_t>(end - first), &block, part.weights + block.weight + first * stride,
-                         stride, row, block.rows - first * kLanes});
+        tiles.push_back({j, static_cast<int32_t>(end - first), &block,
+                         part.weights + block.weight + first * block.stride, first, row, block.rows - first * kLanes});
       }
     }
   }
 
-  // Elements behind a job's rows that a tile reads, and whose products nobody does.
-  static int64_t spare(const Partition<E>& part) {
-    int64_t widest = 0;
-    for (int64_t k = 0; k < part.num_blocks; ++k) widest = std::max(widest, part.blocks[k].packed_cols);
-    return Amx<E>::kUsed ? (kAmxRows - 1) * widest : 0;
-  }
+  // Rows behind the last that a tile reads, and whose products nobody does.
+  static constexpr int64_t kSpare = Amx<E>::kUsed ? kAmxRows - 1 : 0;
 
   // Lays out the scratch memory from `base`; returns its size in bytes.
   int64_t place(char* base) {
@@ -134,10 +156,20 @@ struct Call {
       const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
       sorted_bytes = std::max(sorted_bytes, (kSize * part.packed_cols + 63) & ~int64_t{63});
-      job.delta_stride = (h_out + 31) & ~int64_t{31};
-      job.delta = reinterpret_cast<E*>(take(job.num_tokens() * job.delta_stride * kSize));
-      job.rows = reinterpret_cast<typename S::Row*>(
-          take((job.num_rows() * part.packed_cols + spare(part)) * static_cast<int64_t>(sizeof(typename S::Row))));
+      int64_t widest = 0;
+      for (int64_t k = 0; k < part.num_blocks; ++k) widest = std::max(widest, part.blocks[k].packed_cols);
+      constexpr auto kRowSize = static_cast<int64_t>(sizeof(typename S::Row));
+      job.result_stride = (h_out + 31) & ~int64_t{31};
+      job.result = reinterpret_cast<E*>(take(job.num_tokens() * job.result_stride * kSize));
+      const auto expanded = static_cast<int64_t>(job.expanded.size());
+      job.rows = reinterpret_cast<typename S::Row*>(take((expanded * part.packed_cols + kSpare * widest) * kRowSize));
+      job.plain_stride = ((part.packed_cols + 31) & ~int64_t{31}) | 32;  // an odd number of lines, as the ways of a cache
+      const int64_t plain = job.num_tokens() - job.first_plain;
+      job.plain = reinterpret_cast<typename S::Row*>(take((plain + kSpare) * job.plain_stride * kRowSize));
+      if (whole && bias) {
+        job.bias = reinterpret_cast<float*>(take(h_out * static_cast<int64_t>(sizeof(float))));
+        biased.push_back(&job);
+      }
       for (AloneGroup<E>& group : job.groups)
         if (!group.resident)
           group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));

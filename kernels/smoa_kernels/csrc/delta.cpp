@@ -14,38 +14,6 @@
 
 namespace smoa {
 
-// `count` rows of at most R.
-template <int P, int R, typename E, typename Count>
-static void expand_tile(const Tile<E>& t, const typename Scheme<E>::Row* rows, const ExpandRow<E>* info, Count count,
-                        float (*sums)[kMaxPanels<E>][kLanes], int32_t first_token, const E* ahead) {
-  Floats acc[P][R];
-  multiply_tile<P, R>(t.weights, t.panel_stride, rows, t.block->packed_cols, t.groups(), ahead, acc);
-  // Every row's b is a stream of its own, too many for the hardware to foresee: fetch what the next tile needs.
-  for (int r = 0; r < count; ++r) _mm_prefetch(info[r].b + t.row_start + P * kLanes, _MM_HINT_T0);
-  // A token's ranks follow each other: its sum stays in registers until the next token's row.
-  for (int p = 0; p < P; ++p) {
-    const int64_t n = t.num_rows - p * kLanes;
-    int32_t token = info[0].token;
-    Floats sum = load(sums[token - first_token][p]);
-    for (int r = 0; r < count; ++r) {
-      if (info[r].token != token) {
-        store(sums[token - first_token][p], sum);
-        token = info[r].token;
-        sum = load(sums[token - first_token][p]);
-      }
-      sum = multiply_add(sum, acc[p][r], load_first(info[r].b + t.row_start + p * kLanes, n));
-    }
-    store(sums[token - first_token][p], sum);
-  }
-}
-
-// Puts a token's part of the delta, rounded, where add_output finds it.
-template <int P, typename E, typename F>
-static void store_delta(const Job<E>& job, const Tile<E>& t, int64_t token, F&& value) {
-  E* delta = job.delta + token * job.delta_stride + t.row_start;
-  for (int p = 0; p < P; ++p) store_first(delta + p * kLanes, value(p), t.num_rows - p * kLanes);
-}
-
 // Calls f(first row, room, rows) for each tile: `rows` rows in tiles of nearly equal size. Rows and room are the same
 // constant where products are made in registers.
 template <typename E, typename F>
@@ -62,88 +30,172 @@ static void for_tiles(int64_t rows, F&& f) {
   }
 }
 
+// One thread's work on one tile: P of its panels, in sums of fp32.
 template <int P, typename E>
-static void expand_panels(const Job<E>& job, const Tile<E>& t, Ahead<E> ahead) {
-  float sums[kTokenChunk][kMaxPanels<E>][kLanes];
-  for (const Chunk& chunk : job.chunks) {
-    std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
-    for_tiles<E>(chunk.num_rows, [&](int64_t start, auto room, auto count) {
-      const int64_t row = chunk.first_row + start;
-      expand_tile<P, room>(t, job.row(*t.block, row), &job.expanded[row], count, sums, chunk.first_token, ahead.take());
-    });
-    for (int32_t i = 0; i < chunk.num_tokens; ++i)
-      store_delta<P>(job, t, chunk.first_token + i, [&](int p) { return load(sums[i][p]); });
-  }
-}
-
-// The rows of a group through panels of its own, of elements M.
-template <int P, typename M, typename E>
-static void multiply_group(const Job<E>& job, const Tile<E>& t, const AloneGroup<E>& group, const M* panels,
-                           Ahead<M> ahead) {
-  const auto* rows = job.row(*t.block, group.first_row);
-  const int64_t row_size = t.block->packed_cols;
-  for_tiles<M>(group.num_tokens, [&](int64_t start, auto room, auto count) {
-    Floats acc[P][room];
-    multiply_tile<P, room>(panels, t.panel_stride, rows + start * row_size, row_size, row_size / Scheme<M>::kGroup,
-                           ahead.take(), acc);
-    for (int r = 0; r < count; ++r)
-      store_delta<P>(job, t, group.first_token + start + r, [&](int p) { return acc[p][r]; });
-  });
-}
-
-template <int P, typename E>
-static void modulate_group(const Call<E>& call, const Job<E>& job, const Tile<E>& t, const AloneGroup<E>& group,
-                           const Workspace<E>& space) {
+struct TileRun {
   using S = Scheme<E>;
-  const E* factor = call.factor_b(job.slice, group.slot) + t.row_start;
-  const int64_t stride = call.slices[job.slice].h_out, steps = call.steps(group.rank);
-  for (int64_t q = 0; q < steps; ++q) {
-    const E* low = factor + q * S::kRanks * stride;
-    const E* high = q * S::kRanks + 1 < group.rank ? low + stride : nullptr;
-    for (int p = 0; p < P; ++p)
-      space.factors[q * P + p] = S::factor_rows(low + p * kLanes, high ? high + p * kLanes : nullptr,
-                                                t.num_rows - p * kLanes);
-  }
-  modulate_panels<P>(t.weights, t.panel_stride, group.a + t.block->packed_col, job.partition->packed_cols,
-                     space.factors, steps, t.block->packed_cols, space.panels);
-  multiply_group<P>(job, t, group, static_cast<const typename S::Formed*>(space.panels), {space.panels, 0, 1});
-}
+  const Call<E>& call;
+  const Job<E>& job;
+  const Tile<E>& tile;
+  Workspace<E>& space;
+  Ahead<E> ahead;  // what comes next, to be fetched by the first product that reads W
 
-// The panels of dW that belong to the tile's panels of W.
-template <int P, typename E>
-static void multiply_resident(const Job<E>& job, const Tile<E>& t, const Tile<E>& next, const AloneGroup<E>& group) {
-  const E* base = job.partition->weights;
-  const Tile<E>& coming = next.job == t.job ? next : t;
-  multiply_group<P>(job, t, group, group.resident + (t.weights - base),
-                    {group.resident + (coming.weights - base), coming.panel_stride, coming.num_panels});
-}
+  int64_t columns(int p) const { return tile.num_rows - p * kLanes; }
+
+  // A token's part of the result, rounded, where write_output finds it.
+  template <typename F>
+  void store_result(int64_t position, F&& value) const {
+    const int64_t row = tile.row_start;
+    E* result = job.result + position * job.result_stride + row;
+    for (int p = 0; p < P; ++p) {
+      const Floats bias = job.bias ? load_first(job.bias + row + p * kLanes, columns(p)) : zeros();
+      store_first(result + p * kLanes, add(value(p), bias), columns(p));
+    }
+  }
+
+  // The base product of the tokens from `position` on, as many as there is room for.
+  template <int R>
+  void multiply_base(int64_t position, Floats (&acc)[P][R]) {
+    multiply_tile(space.amx, tile.weights - tile.block->packed_col * kLanes, tile.block->stride,
+                  job.plain_row(position), job.plain_stride, job.partition->packed_cols / S::kGroup, ahead, acc);
+  }
+
+  // f(position, sums) for the base product of `count` tokens.
+  template <typename F>
+  void for_base(int64_t position, int64_t count, F&& f) {
+    for_tiles<E>(count, [&](int64_t start, auto room, auto rows) {
+      Floats acc[P][room];
+      multiply_base(position + start, acc);
+      for (int r = 0; r < rows; ++r) f(position + start + r, [&](int p) { return acc[p][r]; });
+    });
+  }
+
+  // `count` rows of at most R, of a chunk's tokens from first_token on.
+  template <int R, typename Count>
+  void expand(int64_t first_row, Count count, float (*sums)[kMaxPanels<E>][kLanes], int32_t first_token) {
+    const ExpandRow<E>* info = &job.expanded[first_row];
+    Floats acc[P][R];
+    multiply_tile(space.amx, tile.weights, tile.block->stride, job.row(*tile.block, first_row), tile.block->packed_cols,
+                  tile.groups(), ahead, acc);
+    // Every row's b is a stream of its own, too many for the hardware to foresee: fetch what the next tile needs.
+    for (int r = 0; r < count; ++r) _mm_prefetch(info[r].b + tile.row_start + P * kLanes, _MM_HINT_T0);
+    // A token's ranks follow each other: its sum stays in registers until the next token's row.
+    for (int p = 0; p < P; ++p) {
+      int32_t token = info[0].token;
+      Floats sum = load(sums[token - first_token][p]);
+      for (int r = 0; r < count; ++r) {
+        if (info[r].token != token) {
+          store(sums[token - first_token][p], sum);
+          token = info[r].token;
+          sum = load(sums[token - first_token][p]);
+        }
+        sum = multiply_add(sum, acc[p][r], load_first(info[r].b + tile.row_start + p * kLanes, columns(p)));
+      }
+      store(sums[token - first_token][p], sum);
+    }
+  }
+
+  void expand_all() {
+    float sums[kTokenChunk][kMaxPanels<E>][kLanes];
+    for (const Chunk& chunk : job.chunks) {
+      std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
+      if (call.whole)
+        for_base(chunk.first_token, chunk.num_tokens, [&](int64_t position, auto&& base) {
+          for (int p = 0; p < P; ++p) store(sums[position - chunk.first_token][p], base(p));
+        });
+      for_tiles<E>(chunk.num_rows, [&](int64_t start, auto room, auto count) {
+        expand<room>(chunk.first_row + start, count, sums, chunk.first_token);
+      });
+      for (int32_t i = 0; i < chunk.num_tokens; ++i)
+        store_result(chunk.first_token + i, [&](int p) { return load(sums[i][p]); });
+    }
+  }
+
+  // The rows of a group through panels of its own, of elements M, `panel_stride` apart.
+  template <typename M>
+  void multiply_group(const AloneGroup<E>& group, const M* panels, int64_t panel_stride, Ahead<M> own) {
+    for_tiles<M>(group.num_tokens, [&](int64_t start, auto room, auto count) {
+      const int64_t position = group.first_token + start;
+      Floats acc[P][room];
+      multiply_tile(space.amx, panels, panel_stride, job.plain_row(position) + tile.block->packed_col, job.plain_stride,
+                    tile.block->packed_cols / Scheme<M>::kGroup, own, acc);
+      if (call.whole) {
+        Floats base[P][room];
+        multiply_base(position, base);
+        for (int p = 0; p < P; ++p)
+          for (int r = 0; r < count; ++r) acc[p][r] = add(acc[p][r], base[p][r]);
+      }
+      for (int r = 0; r < count; ++r) store_result(position + r, [&](int p) { return acc[p][r]; });
+    });
+  }
+
+  void modulate(const AloneGroup<E>& group) {
+    const E* factor = call.factor_b(job.slice, group.slot) + tile.row_start;
+    const int64_t stride = call.slices[job.slice].h_out, steps = call.steps(group.rank);
+    for (int64_t q = 0; q < steps; ++q) {
+      const E* low = factor + q * S::kRanks * stride;
+      const E* high = q * S::kRanks + 1 < group.rank ? low + stride : nullptr;
+      for (int p = 0; p < P; ++p)
+        space.factors[q * P + p] =
+            S::factor_rows(low + p * kLanes, high ? high + p * kLanes : nullptr, columns(p));
+    }
+    const int64_t formed = tile.block->packed_cols * kLanes;
+    modulate_panels<P>(tile.weights, tile.block->stride, group.a + tile.block->packed_col, job.partition->packed_cols,
+                       space.factors, steps, tile.block->packed_cols, space.panels, formed);
+    multiply_group(group, static_cast<const typename S::Formed*>(space.panels), formed, {space.panels, 0, 1});
+  }
+
+  // The panels of dW that belong to the tile's panels of W.
+  void multiply_resident(const AloneGroup<E>& group, const Tile<E>& next) {
+    const Tile<E>& coming = next.job == tile.job ? next : tile;
+    multiply_group(group, group.resident + own_panels(tile), tile.block->packed_cols * kLanes,
+                   {group.resident + own_panels(coming), coming.block->packed_cols * kLanes, coming.num_panels});
+  }
+
+  static int64_t own_panels(const Tile<E>& t) {
+    return t.block->alone + t.first_panel * t.block->packed_cols * kLanes;
+  }
+
+  void run(const Tile<E>& next) {
+    if (tile.block->cols == 0) {  // rows that belong to no block
+      for_base(0, job.num_tokens(), [&](int64_t i, auto&& base) { store_result(i, base); });
+      return;
+    }
+    if (!job.chunks.empty()) expand_all();
+    for (const AloneGroup<E>& group : job.groups) {
+      if (group.resident)
+        multiply_resident(group, next);
+      else
+        modulate(group);
+    }
+    if (!job.bare.empty())
+      for_base(job.first_bare(), static_cast<int64_t>(job.bare.size()),
+               [&](int64_t i, auto&& base) { store_result(i, base); });
+  }
+};
 
 template <typename E>
 static void run_tile(const Call<E>& call, size_t index, Workspace<E>& space) {
   const Tile<E>& t = call.tiles[index];
   const Tile<E>& next = call.tiles[index + 1 < call.tiles.size() ? index + 1 : index];
-  const Job<E>& job = call.jobs[t.job];
-  space.amx.configure(t.block->packed_cols);
+  const E* coming = next.weights - (call.whole ? next.block->packed_col * kLanes : 0);
   dispatch_rows<kMaxPanels<E>>(t.num_panels, [&](auto size) {
-    if (!job.chunks.empty())
-      expand_panels<size>(job, t, Ahead<E>{next.weights, next.panel_stride, next.num_panels});
-    for (const AloneGroup<E>& group : job.groups) {
-      if (group.resident)
-        multiply_resident<size>(job, t, next, group);
-      else
-        modulate_group<size>(call, job, t, group, space);
-    }
+    TileRun<size, E>{call, call.jobs[t.job], t, space, {coming, next.block->stride, next.num_panels}}.run(next);
   });
 }
 
-// One token's delta of one slice onto y. Only here is y written: blocks interleave in it, so tiles that wrote it
+// One token's result of one slice into y. Only here is y written: blocks interleave in it, so tiles that wrote it
 // themselves would take each other's cache lines away.
 template <typename E>
-static void add_output(const Call<E>& call, const Output& output) {
+static void write_output(const Call<E>& call, const Output& output) {
   const Job<E>& job = call.jobs[output.job];
   const Slice<E>& slice = call.slices[job.slice];
-  add_permuted(call.y + output.token * call.y_stride + slice.y_offset, job.delta + output.position * job.delta_stride,
-               job.partition->row_inverse, job.partition->live_rows, slice.h_out);
+  E* y = call.y + output.token * call.y_stride + slice.y_offset;
+  const E* result = job.result + output.position * job.result_stride;
+  if (call.whole)
+    put_permuted(y, result, job.partition->row_inverse, slice.h_out);
+  else
+    add_permuted(y, result, job.partition->row_inverse, job.partition->live_rows, slice.h_out);
 }
 
 constexpr int kSpins = 2000;  // some tens of microseconds, then the core is offered to others
@@ -157,7 +209,7 @@ static void wait_for(const std::atomic<size_t>& done, size_t all) {
 // cores are often shared with the HTTP server) holds up nobody before the end.
 template <typename E>
 static void run(const Call<E>& call) {
-  const size_t items = call.sources.size() + call.pairings.size();
+  const size_t items = call.sources.size() + call.pairings.size() + call.biased.size();
   // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
   const size_t run = std::clamp<size_t>(call.tiles.size() / (8 * omp_get_max_threads()), 1, 8);
   std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
@@ -176,7 +228,7 @@ static void run(const Call<E>& call) {
     }
     wait_for(tiles_done, call.tiles.size());
     for (size_t i; (i = next_output.fetch_add(1, std::memory_order_relaxed)) < call.outputs.size();)
-      add_output(call, call.outputs[i]);
+      write_output(call, call.outputs[i]);
   }
 }
 
@@ -184,12 +236,14 @@ using Element = SMOA_ELEMENT;
 
 }  // namespace smoa
 
-// Adds the delta to y. Returns 0, or the bytes of scratch needed when `scratch_bytes` is too small: then nothing is
-// written.
+// Adds the delta to y, or, where `whole` says so, writes the layer's output with it: then every slice needs a partition
+// whose weight is whole, and those of the step's adapters have to be these. Returns 0, or the bytes of scratch needed
+// when `scratch_bytes` is too small: then nothing is written.
+//   bias: [H_out] in native order, null for none; of the output.
 extern "C" int64_t smoa_delta(const smoa::Layer<smoa::Element>* layer, const smoa::Step* step, smoa::Element* y,
                               int64_t y_stride, const smoa::Element* x, int64_t x_stride, char* scratch,
-                              int64_t scratch_bytes) {
-  smoa::Call<smoa::Element> call(*layer, *step, y, y_stride, x, x_stride);
+                              int64_t scratch_bytes, int64_t whole, const smoa::Element* bias) {
+  smoa::Call<smoa::Element> call(*layer, *step, y, y_stride, x, x_stride, whole != 0, bias);
   const int64_t needed = call.place(scratch);
   if (needed > scratch_bytes) return needed;
   smoa::run(call);

@@ -12,8 +12,8 @@ namespace smoa {
 
 constexpr int kTokenChunk = 64;  // tokens whose sums an expanding thread keeps on its stack
 
-struct Row {  // a token's first row of a job: `rank` rows a_rho * x, or the token's x alone when rank is 0
-  int32_t job, slot, rank, token;
+struct Row {  // a token of a job: `rank` rows a_rho * x from `row` on; x alone at its position where that is wanted
+  int32_t job, slot, rank, token, position;
   int64_t row;
 };
 
@@ -30,29 +30,35 @@ struct Chunk {
 
 template <typename E>
 struct AloneGroup {  // an adapter's tokens that multiply with blocks of their own: resident or modulated ones
-  int64_t slot, rank, first_row, first_token, num_tokens;  // first_token: position among the job's tokens
+  int64_t slot, rank, first_token, num_tokens;  // first_token: position among the job's tokens
   const int32_t* tokens;
   const E* resident;
   typename Scheme<E>::Factor* a;  // [steps][packed columns], what modulate_panels takes
 };
 
 template <typename E>
-struct Job {  // one partition of one slice: expanded rows first, then those of each group alone
+struct Job {  // one partition of one slice; its tokens: those that expand, then each group alone, then those without delta
   int64_t slice = 0;
   const Partition<E>* partition = nullptr;
-  typename Scheme<E>::Row* rows = nullptr;   // [blocks][num_rows][packed columns of the block]
-  E* delta = nullptr;  // [num_tokens][delta_stride], sorted rows of the layer
-  int64_t delta_stride = 0;
+  typename Scheme<E>::Row* rows = nullptr;   // expanded: [blocks][rows][packed columns of the block]
+  typename Scheme<E>::Row* plain = nullptr;  // x in sorted order: [tokens from first_plain on][plain_stride]
+  int64_t first_plain = 0, plain_stride = 0;
+  E* result = nullptr;  // [num_tokens][result_stride], sorted rows of the layer
+  int64_t result_stride = 0;
+  float* bias = nullptr;  // in sorted order, null where there is none
   std::vector<ExpandRow<E>> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
   std::vector<AloneGroup<E>> groups;
-  int64_t plain_rows = 0;
-  int64_t num_rows() const { return static_cast<int64_t>(expanded.size()) + plain_rows; }
-  int64_t num_tokens() const { return static_cast<int64_t>(expand_tokens.size()) + plain_rows; }
+  std::vector<int32_t> bare;  // tokens that get the base product only
+  int64_t alone_tokens = 0;
+  int64_t num_expanding() const { return static_cast<int64_t>(expand_tokens.size()); }
+  int64_t first_bare() const { return num_expanding() + alone_tokens; }
+  int64_t num_tokens() const { return first_bare() + static_cast<int64_t>(bare.size()); }
   typename Scheme<E>::Row* row(const Block& block, int64_t i) const {
-    return rows + num_rows() * block.packed_col + i * block.packed_cols;
+    return rows + static_cast<int64_t>(expanded.size()) * block.packed_col + i * block.packed_cols;
   }
+  typename Scheme<E>::Row* plain_row(int64_t position) const { return plain + (position - first_plain) * plain_stride; }
 };
 
 template <typename E>
@@ -60,24 +66,8 @@ struct Tile {  // some panels of one block: the unit of parallel work
   int32_t job, num_panels;
   const Block* block;
   const E* weights;
-  int64_t panel_stride, row_start, num_rows;  // rows of the block from here on
+  int64_t first_panel, row_start, num_rows;  // rows of the block from here on
   int64_t groups() const { return block->packed_cols / Scheme<E>::kGroup; }
-};
-
-// The panels of the tile that comes next, to be fetched one a pass, the last one again and again when they run out; by
-// the tile unit all of them in the first pass.
-template <typename E>
-struct Ahead {
-  const E* weights;
-  int64_t panel_stride;
-  int32_t num_panels;
-  const E* take() {
-    const E* now = weights;
-    if constexpr (Amx<E>::kUsed)
-      weights = nullptr;
-    else if (num_panels > 1) weights += panel_stride, --num_panels;
-    return now;
-  }
 };
 
 enum class Way { kExpand, kModulate, kResident };

@@ -5,17 +5,24 @@
 
 namespace smoa {
 
-// Columns of x in sorted order, each block padded to whole groups with zeros.
+// n columns of x in sorted order, padded with zeros.
 template <typename E>
-inline void sort_row(const E* x, const Partition<E>& part, E* sorted) {
-  const int32_t* order = part.col_order;
+inline void sort_columns(const E* x, const int32_t* order, int64_t n, int64_t padded, E* sorted) {
+  for (int64_t j = 0; j < n; j += kLanes) store_first(sorted + j, gather_first(x, order + j, n - j), n - j);
+  std::fill(sorted + n, sorted + padded, E{});
+}
+
+// Columns of x in sorted order, those of each block padded to whole groups, and so those of none where the weight is
+// whole.
+template <typename E>
+inline void sort_row(const E* x, int64_t size, const Partition<E>& part, E* sorted) {
+  int64_t col = 0, packed = 0;
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
-    E* out = sorted + block.packed_col;
-    for (int64_t j = 0; j < block.cols; j += kLanes)
-      store_first(out + j, gather_first(x, order + block.col_start + j, block.cols - j), block.cols - j);
-    std::fill(out + block.cols, out + block.packed_cols, E{});
+    sort_columns(x, part.col_order + col, block.cols, block.packed_cols, sorted + packed);
+    col += block.cols, packed += block.packed_cols;
   }
+  if (part.whole) sort_columns(x, part.col_order + col, size - col, part.packed_cols - packed, sorted + packed);
 }
 
 // The rows a_rho * x of one token.
@@ -37,14 +44,8 @@ inline void expand_rows(const E* sorted, const E* a, int64_t a_stride, int64_t r
 }
 
 template <typename E>
-inline void copy_row(const E* sorted, const Job<E>& job, int64_t row) {
-  const Partition<E>& part = *job.partition;
-  for (int64_t k = 0; k < part.num_blocks; ++k) {
-    const Block& block = part.blocks[k];
-    auto* out = job.row(block, row);
-    for (int64_t j = 0; j < block.packed_cols; j += kLanes)
-      store_first(out + j, load_first(sorted + block.packed_col + j, block.packed_cols - j), block.packed_cols - j);
-  }
+inline void copy_row(const E* sorted, int64_t size, typename Scheme<E>::Row* row) {
+  for (int64_t j = 0; j < size; j += kLanes) store_first(row + j, load_first(sorted + j, size - j), size - j);
 }
 
 // A as modulate_panels takes it: [steps][packed columns], the ranks that a last step lacks are zero.
@@ -68,11 +69,18 @@ inline void join_ranks(const E* a, int64_t stride, int64_t rank, const Partition
 
 template <typename E>
 inline void prepare(const Call<E>& call, const Job<E>& job, const Row& source, E* sorted) {
-  sort_row(call.x + source.token * call.x_stride, *job.partition, sorted);
-  if (source.rank == 0)
-    copy_row(sorted, job, source.row);
-  else
+  sort_row(call.x + source.token * call.x_stride, call.h_in, *job.partition, sorted);
+  if (source.rank > 0)
     expand_rows(sorted, call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
+  if (source.position >= job.first_plain) copy_row(sorted, job.partition->packed_cols, job.plain_row(source.position));
+}
+
+// What the output of a job's slice adds, in sorted order.
+template <typename E>
+inline void sort_bias(const Call<E>& call, const Job<E>& job) {
+  const Slice<E>& slice = call.slices[job.slice];
+  for (int64_t i = 0; i < slice.h_out; ++i)
+    job.bias[job.partition->row_inverse[i]] = widen(call.bias[slice.y_offset + i]);
 }
 
 template <typename E>
@@ -82,10 +90,15 @@ inline void prepare_item(const Call<E>& call, size_t i, E* sorted) {
     prepare(call, call.jobs[source.job], source, sorted);
     return;
   }
-  const Pairing& p = call.pairings[i - call.sources.size()];
-  const Job<E>& job = call.jobs[p.job];
-  const AloneGroup<E>& group = job.groups[p.group];
-  join_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a);
+  i -= call.sources.size();
+  if (i < call.pairings.size()) {
+    const Pairing& p = call.pairings[i];
+    const Job<E>& job = call.jobs[p.job];
+    const AloneGroup<E>& group = job.groups[p.group];
+    join_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a);
+    return;
+  }
+  sort_bias(call, *call.biased[i - call.pairings.size()]);
 }
 
 }  // namespace smoa

@@ -12,6 +12,18 @@ constexpr int kMaxPanels = Amx<E>::kUsed ? 4 : kRegisters == 32 ? 2 : 1;
 template <typename E>
 constexpr int kTileRows = Amx<E>::kUsed ? kAmxRows : kRegisters == 32 ? 8 : 5;
 
+// The panels of the tile that comes next, to be fetched one a pass, the last one again and again when they run out; by
+// the tile unit all of them in the first pass. Null: nothing is fetched.
+template <typename E>
+struct Ahead {
+  const E* weights;
+  int64_t panel_stride;
+  int32_t num_panels;
+  void step() {
+    if (num_panels > 1) weights += panel_stride, --num_panels;
+  }
+};
+
 // acc[p][r] = panel p of W times row r: sum over the columns.
 //   w: panels of `groups` groups, `panel_stride` elements apart.
 //   rows: R rows of kGroup * groups elements, `row_stride` elements apart.
@@ -53,18 +65,22 @@ template <int P, int R, typename E, typename Row>
 
 // The same, by what this element type has for it.
 template <int P, int R, typename E, typename Row>
-inline void multiply_tile(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride, int64_t groups,
-                          const E* ahead, Floats (&acc)[P][R]) {
-  if constexpr (Amx<E>::kUsed)
-    Amx<E>::template multiply<P>(w, panel_stride, rows, row_stride, groups, ahead, acc);
-  else
-    multiply_in_registers<P, R>(w, panel_stride, rows, row_stride, groups, ahead, acc);
+inline void multiply_tile(typename Amx<E>::Session& amx, const E* w, int64_t panel_stride, const Row* rows,
+                          int64_t row_stride, int64_t groups, Ahead<E>& ahead, Floats (&acc)[P][R]) {
+  if constexpr (Amx<E>::kUsed) {
+    Amx<E>::template multiply<P>(amx, w, panel_stride, rows, row_stride, groups, ahead.weights, ahead.panel_stride, acc);
+    ahead.weights = nullptr;
+  } else {
+    multiply_in_registers<P, R>(w, panel_stride, rows, row_stride, groups, ahead.weights ? ahead.weights : w, acc);
+    ahead.step();
+  }
 }
 
 // out = W * (B A) for P panels and C columns, a multiple of kGroup; see modulate_panels.
 template <int P, int C, typename E>
 inline void modulate_columns(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a, int64_t a_stride,
-                             const typename Scheme<E>::Operand* b, int64_t steps, typename Scheme<E>::Formed* out) {
+                             const typename Scheme<E>::Operand* b, int64_t steps, typename Scheme<E>::Formed* out,
+                             int64_t out_stride) {
   using S = Scheme<E>;
   Floats sums[P][C];
 #pragma GCC unroll 4
@@ -83,21 +99,21 @@ inline void modulate_columns(const E* w, int64_t panel_stride, const typename Sc
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
     for (int c = 0; c < C; c += S::kGroup)
-      S::form(w + p * panel_stride + c * kLanes, &sums[p][c], out + p * panel_stride + c * kLanes);
+      S::form(w + p * panel_stride + c * kLanes, &sums[p][c], out + p * out_stride + c * kLanes);
 }
 
-// out = W * (B A) for P panels, `panel_stride` elements apart in both.
+// out = W * (B A) for P panels, in both `panel_stride` and `out_stride` elements apart.
 //   a: [steps][columns], `a_stride` columns apart; b: [steps][P].
 template <int P, typename E>
 [[gnu::noinline]] void modulate_panels(const E* w, int64_t panel_stride, const typename Scheme<E>::Factor* a,
                                        int64_t a_stride, const typename Scheme<E>::Operand* b, int64_t steps,
-                                       int64_t columns, typename Scheme<E>::Formed* out) {
+                                       int64_t columns, typename Scheme<E>::Formed* out, int64_t out_stride) {
   constexpr int kColumns = 4, kRest = Scheme<E>::kGroup;
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns)
-    modulate_columns<P, kColumns>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes);
+    modulate_columns<P, kColumns>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes, out_stride);
   for (; j < columns; j += kRest)
-    modulate_columns<P, kRest>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes);
+    modulate_columns<P, kRest>(w + j * kLanes, panel_stride, a + j, a_stride, b, steps, out + j * kLanes, out_stride);
 }
 
 // y[i] += delta[inverse[i]], rounded once, for the i with inverse[i] < live; the others keep their bits.
@@ -116,6 +132,12 @@ inline void add_permuted(E* y, const E* delta, const int32_t* inverse, int64_t l
     store_first(sum, broadcast(widen(y[i]) + widen(delta[inverse[i]])), kLanes);
     y[i] = sum[0];
   }
+}
+
+// y[i] = result[inverse[i]].
+template <typename E>
+inline void put_permuted(E* y, const E* result, const int32_t* inverse, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) store_first(y + i, gather_first(result, inverse + i, size - i), size - i);
 }
 
 }  // namespace smoa
