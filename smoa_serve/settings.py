@@ -16,6 +16,7 @@ _VARIABLES = {
     "allow_hub": "SMOA_ALLOW_HUB",
     "required": "SMOA_SERVE_REQUIRED",
     "cuda_graphs": "SMOA_CUDA_GRAPHS",
+    "one_pass": "SMOA_ONE_PASS",
     "auto_merge": "SMOA_AUTO_MERGE",
     "auto_resident": "SMOA_AUTO_RESIDENT",
     "ladder_mib": "SMOA_LADDER_MIB",
@@ -33,6 +34,8 @@ class Settings(BaseModel):
         strict_order: refuse published files whose spectral order is not well determined.
         allow_hub: let HTTP loads name a repository of the Hugging Face hub.
         cuda_graphs: serve SMoA inside CUDA graphs. Off: not yet proven on a GPU, so such an engine refuses SMoA.
+        one_pass: on a CPU, keep the layers' weights a second time, in the order of the adapters' blocks: steps whose
+            adapters share it then read a weight once for base and deltas.
         auto_merge: let the automatic policy merge the adapter that carries most of the traffic.
         auto_resident: let it keep hot adapters resident.
         ladder_mib: memory it may use for both, all workers, MiB; None = 1024 on a CPU and none on a GPU, where it
@@ -50,6 +53,7 @@ class Settings(BaseModel):
     allow_hub: bool = False
     required: bool = False
     cuda_graphs: bool = False
+    one_pass: bool = True
     auto_merge: bool = False
     auto_resident: bool = True
     ladder_mib: int | None = Field(default=None, ge=0)

@@ -138,14 +138,15 @@ def smoa_delta_cpp(
 
 
 def one_pass(bank: LayerBank, plan: StepPlan) -> bool:
-    """Whether `smoa_linear_cpp` can serve a step: each slice's weight is whole, in the partition of all adapters of the
-    step that change the slice, and nothing is merged."""
+    """Whether `smoa_linear_cpp` can serve a step: every token has an adapter (others keep the bits of the base product),
+    each slice's weight is whole, in the partition of all adapters of the step that change the slice, and nothing is
+    merged."""
     return bank.memo("one pass", plan.version, lambda: _one_pass(bank, plan))
 
 
 def _one_pass(bank: LayerBank, plan: StepPlan) -> bool:
     whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
-    if plan.merged or None in whole:
+    if plan.merged or None in whole or len(plan.order) < plan.num_tokens:
         return False
     return all(
         entry is None or entry.idle or entry.partition is own

@@ -108,7 +108,7 @@ class PackedBlocks:
         return -(-rows // PANEL_ROWS)
 
     def _pad_columns(self, band: Tensor, cols: Sequence[int]) -> Tensor:
-        return torch.cat([self._pad(part, 1) for part in band.split(list(cols), dim=1)], dim=1)
+        return torch.cat([self._pad(part, 1) for part in torch.split(band, list(cols), dim=1)], dim=1)
 
     def _pad(self, block: Tensor, rows: int = PANEL_ROWS) -> Tensor:
         padding = (0, -block.shape[1] % self._group, 0, -block.shape[0] % rows)

@@ -19,9 +19,11 @@ class WeightExchange(ABC):
 
     Attributes:
         nbytes: held beside the original while a merged weight is staged.
+        free: switching takes no time, so that every step may run on the weight that suits it.
     """
 
     nbytes: int = 0
+    free: bool = False
 
     @abstractmethod
     def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
@@ -50,6 +52,8 @@ class HandlerExchange(WeightExchange):
         handler: its `CPUDNNLGEMMHandler`.
         weight: reads the served weight.
     """
+
+    free = True
 
     def __init__(self, layer: Any, handler: Any, weight: ServedWeight) -> None:
         self._layer, self._handler, self._weight = layer, handler, weight

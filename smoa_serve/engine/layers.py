@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
+from smoa_kernels.cpp_ops import one_pass, smoa_linear_cpp
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -45,15 +46,15 @@ class SmoaLinearMixin:
         smoa_plan: the manager's step plan.
         smoa_weight: the base weight as served.
         smoa_key: name in the forward context.
-        smoa_adds_lora: the op adds the LoRA part too. vLLM's CPU kernels for it branch in Python on the batch, which a
-            compiled graph would freeze; inside the op they may.
+        smoa_one_op: the whole layer is one op, LoRA's part included: on a CPU. vLLM's CPU kernels for LoRA branch in
+            Python on the batch, which a compiled graph would freeze, and base product and deltas may be one pass.
     """
 
     smoa_bank: LayerBank
     smoa_plan: StepPlan
     smoa_weight: ServedWeight
     smoa_key: str
-    smoa_adds_lora: bool
+    smoa_one_op: bool
     punica_wrapper: Any
     base_layer: Any
     lora_a_stacked: tuple[Tensor, ...]
@@ -63,20 +64,32 @@ class SmoaLinearMixin:
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output with LoRA and SMoA deltas: [..., H_out]."""
         output: Tensor
-        if self.smoa_adds_lora:
-            output = self.base_layer.quant_method.apply(self.base_layer, x, bias)
-        else:
-            output = super().apply(x, bias)  # type: ignore[misc]
+        if self.smoa_one_op:
+            output = torch.ops.smoa_serve.linear(x, bias, sum(self.output_slices), self.smoa_key)
+            return output
+        output = super().apply(x, bias)  # type: ignore[misc]
         # The whole output where it is two-dimensional: a mutated view miscompiles under inductor.
         y = output if output.ndim == 2 else output.view(-1, output.shape[-1])
         torch.ops.smoa_serve.delta(y, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), self.smoa_key)
         return output
 
     def add_deltas(self, y: Tensor, x: Tensor) -> None:
-        """What the op does: y [T, H_out] += the SMoA deltas of x [T, H_in], and LoRA's part if this layer adds it."""
-        if self.smoa_adds_lora and not self.punica_wrapper.no_lora:
-            self.punica_wrapper.add_lora_linear(y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices)
+        """What the op `delta` does: y [T, H_out] += the SMoA deltas of x [T, H_in]."""
         smoa_delta(y, x, self.smoa_bank, self.smoa_plan)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the op `linear` does: the layer's output [..., H_out] of x [..., H_in], all deltas included."""
+        flat = x.reshape(-1, x.shape[-1])
+        plan, no_lora = self.smoa_plan, self.punica_wrapper.no_lora
+        if plan.active and no_lora and len(flat) == plan.num_tokens and one_pass(self.smoa_bank, plan):
+            y = smoa_linear_cpp(flat, self.smoa_bank, plan, bias)
+        else:
+            y = self.base_layer.quant_method.apply(self.base_layer, flat, bias)
+            if not no_lora:
+                slots = self.lora_a_stacked, self.lora_b_stacked
+                self.punica_wrapper.add_lora_linear(y, flat, *slots, 1.0, self.output_slices)
+            smoa_delta(y, flat, self.smoa_bank, plan)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter into a slot: SMoA into the bank, anything else the way vLLM does."""
@@ -137,6 +150,7 @@ def attach(
     num_slots: int,
     dtype: torch.dtype,
     captured: bool,
+    whole: bool,
 ) -> None:
     """Turn a wrapped layer into one that adds SMoA deltas. The slots' memory is vLLM's own LoRA buffers.
 
@@ -149,13 +163,14 @@ def attach(
         num_slots: slots of the server.
         dtype: of the model.
         captured: CUDA graphs will be captured.
+        whole: on a CPU, keep the weight a second time, for one pass over it.
     """
     sizes, columns = slice_sizes(layer), int(layer.lora_a_stacked[0].shape[-1])
     cls: type = type(layer)
     layer.__class__ = _smoa_class(cls)
     layer.smoa_weight = ServedWeight(layer.base_layer, sizes, columns, dtype)
     layer.smoa_plan, layer.smoa_key = plan, layer_key(module_name)
-    layer.smoa_adds_lora = plan.device.type == "cpu" and not _has_own_forward(layer)
+    layer.smoa_one_op = plan.device.type == "cpu" and not _has_own_forward(layer)
     # Elsewhere the blocks are dequantized, and finding out would cost the start some time.
     fp8 = plan.device.type == "cuda" and layer.smoa_weight.is_kernel_fp8
     layer.smoa_bank = LayerBank(
@@ -163,6 +178,7 @@ def attach(
         b=[_slots(stacked, num_slots).view(num_slots, -1, stacked.shape[2]) for stacked in layer.lora_b_stacked],
         weight_block=layer.smoa_weight.fp8_block if fp8 else layer.smoa_weight.block,
         row_scale=layer.smoa_weight.row_scale if fp8 else None,
+        whole=whole and layer.smoa_one_op and layer.smoa_weight.merge_refusal() is None,
         retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
     )
     if layer.smoa_bank.implementation == "triton":
@@ -220,6 +236,15 @@ def _delta(y: Tensor, x: Tensor, layer_name: str) -> None:
     get_forward_context().no_compile_layers[layer_name].add_deltas(y, x)
 
 
+def _linear(x: Tensor, bias: Tensor | None, h_out: int, layer_name: str) -> Tensor:
+    layer: SmoaLinearMixin = get_forward_context().no_compile_layers[layer_name]
+    return layer.linear(x, bias)
+
+
+def _linear_fake(x: Tensor, bias: Tensor | None, h_out: int, layer_name: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], h_out))
+
+
 def _delta_fake(y: Tensor, x: Tensor, layer_name: str) -> None:
     return None
 
@@ -229,6 +254,9 @@ def register_op() -> None:
     library = torch.library.Library("smoa_serve", "FRAGMENT")  # type: ignore[no-untyped-call]
     direct_register_custom_op(
         op_name="delta", op_func=_delta, mutates_args=["y"], fake_impl=_delta_fake, target_lib=library
+    )
+    direct_register_custom_op(
+        op_name="linear", op_func=_linear, mutates_args=[], fake_impl=_linear_fake, target_lib=library
     )
     direct_register_custom_op(
         op_name="embedding_delta",

@@ -1,7 +1,7 @@
 """One adapter folded into the base weights of a worker: staged in pieces between steps, switched in place."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -59,7 +59,7 @@ class Merger:
         self._exchanges: dict[str, WeightExchange] = {}
         self._checksums: dict[str, bytes] = {}
         self._staged: _Staged | None = None
-        self.merged = self.active = False
+        self.merged = self.active = self._one_pass = False
         self.policy = MergePolicy.COMPENSATE
 
     @property
@@ -130,6 +130,9 @@ class Merger:
             layer.smoa_bank.hold_merged(slot)
             staged.finished += 1
             yield
+        self._one_pass = all(
+            exchange.free and _whole(self.layers[name], slot) for name, exchange in self._exchanges.items()
+        )
         for name, layer in self.layers.items():
             if name not in self._exchanges:
                 layer.smoa_bank.hold_merged(slot)
@@ -153,11 +156,22 @@ class Merger:
         for name in self._exchanges:
             self.layers[name].smoa_weight.original = self._as_original
 
-    def wants(self, own_tokens: int, tokens: int) -> bool:
-        """Whether a step of so many tokens, `own_tokens` of them the merged adapter's, runs on the merged weights."""
+    def wants(self, token_lora_ids: Sequence[int], slots: Mapping[int, int]) -> bool:
+        """Whether a step runs on the merged weights.
+
+        Args:
+            token_lora_ids: adapter of each token, 0 for the base.
+            slots: adapter -> slot, of those that are SMoA.
+        """
         if not self.merged:
             return False
-        return own_tokens == tokens if self.policy is MergePolicy.EXCLUSIVE else True
+        present = set(token_lora_ids)
+        if present == {self.lora_id}:
+            return True
+        if self.policy is MergePolicy.EXCLUSIVE:
+            return False
+        # One pass over the original weights costs less than what all others take back from merged ones.
+        return not (self._one_pass and self.lora_id in present and present <= slots.keys())
 
     @torch.inference_mode()
     def set_active(self, active: bool) -> None:
@@ -200,6 +214,14 @@ class Merger:
             layer.smoa_weight.close()
             layer.smoa_weight.reset_original()
         self._exchanges, self._staged, self.merged = {}, None, False
+
+
+def _whole(layer: SmoaLinearMixin, slot: int) -> bool:
+    """Whether all that an adapter changes in a layer is served by one pass over the weight."""
+    return all(
+        entry is None or entry.idle or entry.partition is layer.smoa_bank.whole_partition(index)
+        for index, entry in enumerate(layer.smoa_bank.slots[slot])
+    )
 
 
 def _live(layer: SmoaLinearMixin, slot: int) -> list[bool]:

@@ -42,6 +42,7 @@ class SmoaModelManager(MovingManager):
         self._pipeline_size = vllm_config.parallel_config.pipeline_parallel_size
         self._model_dtype: torch.dtype = vllm_config.model_config.dtype
         self.smoa_refusal = self._refusal(vllm_config)
+        self._whole = Settings.from_environment().one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
         self._traffic = Traffic()
@@ -70,7 +71,7 @@ class SmoaModelManager(MovingManager):
         elif self.device.type == "cpu":
             self._register_cpu_module(module_name, module)
         if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
-            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured)
+            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured, self._whole)
             self._static_context[layers.layer_key(module_name)] = module
         super().register_module(module_name, module)
 
@@ -153,8 +154,7 @@ class SmoaModelManager(MovingManager):
     def _update_plan(self, token_lora_ids: tuple[int, ...], smoa_slots: dict[int, int]) -> None:
         """The step's map, and with it the weights that the step runs on: every rank sees the same tokens."""
         merged_id = self.merger.lora_id
-        own = token_lora_ids.count(merged_id) if merged_id is not None else 0
-        active = self.merger.wants(own, len(token_lora_ids))
+        active = self.merger.wants(token_lora_ids, smoa_slots) if merged_id is not None else False
         self.merger.set_active(active)
         if active and merged_id is not None:
             smoa_slots = smoa_slots | {merged_id: self.lora_slots}

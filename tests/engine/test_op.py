@@ -32,7 +32,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     plan = StepPlan(T, 2, "cpu")
     plan.update([1, -1, 1, -1, -1, 1])
     found = layers.SmoaLinearMixin()
-    found.smoa_bank, found.smoa_plan, found.smoa_adds_lora = bank, plan, False
+    found.smoa_bank, found.smoa_plan, found.smoa_one_op = bank, plan, False
     context = SimpleNamespace(no_compile_layers={"layer": found})
     monkeypatch.setattr(layers, "get_forward_context", lambda: context)
     return found

@@ -5,7 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "vector.h"
+#include "ahead.h"
 
 namespace smoa {
 
@@ -61,13 +61,12 @@ struct Amx<Bf16> {
     }
   };
 
-  // acc[p][r] = panel p of W times row r, of kAmxRows rows in memory; see multiply_tile. `ahead` has P panels, and is
-  // null where nothing is to be fetched.
+  // acc[p][r] = panel p of W times row r, of kAmxRows rows in memory; see multiply_tile.
   template <int P>
   [[gnu::noinline]] static void multiply(Session& session, const Bf16* w, int64_t panel_stride, const Bf16* rows,
-                                         int64_t row_stride, int64_t groups, const Bf16* ahead, int64_t ahead_stride,
+                                         int64_t row_stride, int64_t groups, Ahead& ahead,
                                          Floats (&acc)[P][kAmxRows]) {
-    constexpr int64_t kPairs = 16, kTile = kPairs * 2 * kLanes;
+    constexpr int64_t kPairs = kFetchSteps, kTile = kPairs * 2 * kLanes;
     session.configure(2 * groups);
     _tile_zero(0);
     if constexpr (P > 1) _tile_zero(1);
@@ -75,10 +74,7 @@ struct Amx<Bf16> {
     if constexpr (P > 3) _tile_zero(3);
     const int64_t row_bytes = row_stride * 2, whole = groups / kPairs;
     for (int64_t j = 0; j < whole; ++j, w += kTile, rows += 2 * kPairs) {
-      if (ahead)
-        for (int p = 0; p < P; ++p)
-          for (int64_t line = 0; line < kTile; line += 32)
-            _mm_prefetch(ahead + p * ahead_stride + j * kTile + line, _MM_HINT_T1);
+      ahead.fetch();
 #define SMOA_STEP(panel, left, right)                          \
   if constexpr (P > panel) {                                   \
     _tile_loadd(right, w + panel * panel_stride, 4 * kLanes);  \

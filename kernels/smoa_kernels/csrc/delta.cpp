@@ -38,7 +38,7 @@ struct TileRun {
   const Job<E>& job;
   const Tile<E>& tile;
   Workspace<E>& space;
-  Ahead<E> ahead;  // what comes next, to be fetched by the first product that reads W
+  Ahead ahead;  // the next tile's panels of W
 
   int64_t columns(int p) const { return tile.num_rows - p * kLanes; }
 
@@ -113,7 +113,7 @@ struct TileRun {
 
   // The rows of a group through panels of its own, of elements M, `panel_stride` apart.
   template <typename M>
-  void multiply_group(const AloneGroup<E>& group, const M* panels, int64_t panel_stride, Ahead<M> own) {
+  void multiply_group(const AloneGroup<E>& group, const M* panels, int64_t panel_stride, Ahead& own) {
     for_tiles<M>(group.num_tokens, [&](int64_t start, auto room, auto count) {
       const int64_t position = group.first_token + start;
       Floats acc[P][room];
@@ -142,21 +142,43 @@ struct TileRun {
     const int64_t formed = tile.block->packed_cols * kLanes;
     modulate_panels<P>(tile.weights, tile.block->stride, group.a + tile.block->packed_col, job.partition->packed_cols,
                        space.factors, steps, tile.block->packed_cols, space.panels, formed);
-    multiply_group(group, static_cast<const typename S::Formed*>(space.panels), formed, {space.panels, 0, 1});
+    multiply_group(group, static_cast<const typename S::Formed*>(space.panels), formed, ahead);
   }
 
   // The panels of dW that belong to the tile's panels of W.
   void multiply_resident(const AloneGroup<E>& group, const Tile<E>& next) {
     const Tile<E>& coming = next.job == tile.job ? next : tile;
-    multiply_group(group, group.resident + own_panels(tile), tile.block->packed_cols * kLanes,
-                   {group.resident + own_panels(coming), coming.block->packed_cols * kLanes, coming.num_panels});
+    const int64_t panel = coming.block->packed_cols * kLanes;
+    Ahead own(group.resident + own_panels(coming), panel, panel, coming.num_panels,
+              fetches(group.num_tokens, tile.block->packed_cols));
+    multiply_group(group, group.resident + own_panels(tile), tile.block->packed_cols * kLanes, own);
   }
 
   static int64_t own_panels(const Tile<E>& t) {
     return t.block->alone + t.first_panel * t.block->packed_cols * kLanes;
   }
 
+  // How often the product of so many rows fetches something; at least once.
+  static int64_t fetches(int64_t rows, int64_t packed_cols) {
+    const int64_t passes = (rows + kTileRows<E> - 1) / kTileRows<E>;
+    return std::max<int64_t>(passes * (packed_cols / (S::kGroup * kFetchSteps)), 1);
+  }
+
+  // Every product but those of resident blocks reads W, and fetches the next tile's.
+  void look_ahead(const Tile<E>& next) {
+    const int64_t whole = job.partition->packed_cols;
+    int64_t steps = call.whole ? fetches(job.num_tokens(), whole) : 0;
+    for (const Chunk& chunk : job.chunks) steps += fetches(chunk.num_rows, tile.block->packed_cols);
+    for (const AloneGroup<E>& group : job.groups)
+      if (!group.resident) steps += fetches(group.num_tokens, tile.block->packed_cols);
+    if (steps == 0) return;
+    const int64_t packed = call.whole ? next.block->stride / kLanes : next.block->packed_cols;
+    ahead = Ahead(next.weights - (call.whole ? next.block->packed_col * kLanes : 0), packed * kLanes,
+                  next.block->stride, next.num_panels, steps);
+  }
+
   void run(const Tile<E>& next) {
+    look_ahead(next);
     if (tile.block->cols == 0) {  // rows that belong to no block
       for_base(0, job.num_tokens(), [&](int64_t i, auto&& base) { store_result(i, base); });
       return;
@@ -178,9 +200,8 @@ template <typename E>
 static void run_tile(const Call<E>& call, size_t index, Workspace<E>& space) {
   const Tile<E>& t = call.tiles[index];
   const Tile<E>& next = call.tiles[index + 1 < call.tiles.size() ? index + 1 : index];
-  const E* coming = next.weights - (call.whole ? next.block->packed_col * kLanes : 0);
   dispatch_rows<kMaxPanels<E>>(t.num_panels, [&](auto size) {
-    TileRun<size, E>{call, call.jobs[t.job], t, space, {coming, next.block->stride, next.num_panels}}.run(next);
+    TileRun<size, E>{call, call.jobs[t.job], t, space, {}}.run(next);
   });
 }
 
@@ -211,7 +232,7 @@ template <typename E>
 static void run(const Call<E>& call) {
   const size_t items = call.sources.size() + call.pairings.size() + call.biased.size();
   // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
-  const size_t run = std::clamp<size_t>(call.tiles.size() / (8 * omp_get_max_threads()), 1, 8);
+  const size_t run = std::clamp<size_t>(call.tiles.size() / (16 * omp_get_max_threads()), 1, 8);
   std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
 #pragma omp parallel
   {

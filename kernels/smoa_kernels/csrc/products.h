@@ -1,6 +1,7 @@
 // The register-tiled products that the delta is made of.
 #pragma once
 
+#include "ahead.h"
 #include "amx.h"
 #include "scheme.h"
 
@@ -12,26 +13,14 @@ constexpr int kMaxPanels = Amx<E>::kUsed ? 4 : kRegisters == 32 ? 2 : 1;
 template <typename E>
 constexpr int kTileRows = Amx<E>::kUsed ? kAmxRows : kRegisters == 32 ? 8 : 5;
 
-// The panels of the tile that comes next, to be fetched one a pass, the last one again and again when they run out; by
-// the tile unit all of them in the first pass. Null: nothing is fetched.
-template <typename E>
-struct Ahead {
-  const E* weights;
-  int64_t panel_stride;
-  int32_t num_panels;
-  void step() {
-    if (num_panels > 1) weights += panel_stride, --num_panels;
-  }
-};
-
 // acc[p][r] = panel p of W times row r: sum over the columns.
 //   w: panels of `groups` groups, `panel_stride` elements apart.
 //   rows: R rows of kGroup * groups elements, `row_stride` elements apart.
-//   ahead: memory that is fetched meanwhile, as much as a panel.
+//   ahead: memory that is fetched meanwhile.
 //   A function of its own, as the compiler else lacks registers for the sums in some of the places that use it.
 template <int P, int R, typename E, typename Row>
 [[gnu::noinline]] void multiply_in_registers(const E* w, int64_t panel_stride, const Row* rows, int64_t row_stride,
-                                     int64_t groups, const E* ahead, Floats (&acc)[P][R]) {
+                                     int64_t groups, Ahead& ahead, Floats (&acc)[P][R]) {
   using S = Scheme<E>;
   constexpr int kStep = S::kGroup * kLanes;
   Floats sum[P][R];  // in `acc` itself every step's sums would be stored
@@ -42,7 +31,7 @@ template <int P, int R, typename E, typename Row>
   const Row* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows + r * row_stride;
   for (int64_t j = 0; j < groups; ++j) {
-    _mm_prefetch(ahead + j * kStep, _MM_HINT_T1);
+    if (j % kFetchSteps == 0) ahead.fetch();
     const auto part = [&](auto index) {
       typename S::Operand weight[P];
 #pragma GCC unroll 4
@@ -66,14 +55,11 @@ template <int P, int R, typename E, typename Row>
 // The same, by what this element type has for it.
 template <int P, int R, typename E, typename Row>
 inline void multiply_tile(typename Amx<E>::Session& amx, const E* w, int64_t panel_stride, const Row* rows,
-                          int64_t row_stride, int64_t groups, Ahead<E>& ahead, Floats (&acc)[P][R]) {
-  if constexpr (Amx<E>::kUsed) {
-    Amx<E>::template multiply<P>(amx, w, panel_stride, rows, row_stride, groups, ahead.weights, ahead.panel_stride, acc);
-    ahead.weights = nullptr;
-  } else {
-    multiply_in_registers<P, R>(w, panel_stride, rows, row_stride, groups, ahead.weights ? ahead.weights : w, acc);
-    ahead.step();
-  }
+                          int64_t row_stride, int64_t groups, Ahead& ahead, Floats (&acc)[P][R]) {
+  if constexpr (Amx<E>::kUsed)
+    Amx<E>::template multiply<P>(amx, w, panel_stride, rows, row_stride, groups, ahead, acc);
+  else
+    multiply_in_registers<P, R>(w, panel_stride, rows, row_stride, groups, ahead, acc);
 }
 
 // out = W * (B A) for P panels and C columns, a multiple of kGroup; see modulate_panels.
