@@ -10,6 +10,8 @@ from torch import Tensor
 
 # One panel holds this many rows of W: a 512-bit register of fp32 accumulators (kLanes in csrc/vector.h).
 PANEL_ROWS = 16
+# Columns of bfloat16 in a tile of the tile unit (kAmxColumns in csrc/amx.h).
+TILE_COLUMNS = 32
 
 
 class BlockStore(Protocol):
@@ -78,6 +80,8 @@ class PackedBlocks:
             live = self.packed_cols
             cols.append(whole[0].shape[1] - sum(cols))
             padded.append(self._padded(cols[-1]))
+            if self._group == 2:  # rows of whole tiles of the tile unit
+                padded[-1] += -(live + padded[-1]) % TILE_COLUMNS
             self.packed_cols = live + padded[-1]
             bands = [(self._pad_columns(band, cols), band.shape[0]) for band in whole]
         self.table: NDArray[np.int64] = np.zeros((len(bands), 9), np.int64)
@@ -108,7 +112,9 @@ class PackedBlocks:
         return -(-rows // PANEL_ROWS)
 
     def _pad_columns(self, band: Tensor, cols: Sequence[int]) -> Tensor:
-        return torch.cat([self._pad(part, 1) for part in torch.split(band, list(cols), dim=1)], dim=1)
+        parts = [self._pad(part, 1) for part in torch.split(band, list(cols), dim=1)]
+        filled = band.new_zeros(len(band), self.packed_cols - sum(part.shape[1] for part in parts))
+        return torch.cat([*parts, filled], dim=1)
 
     def _pad(self, block: Tensor, rows: int = PANEL_ROWS) -> Tensor:
         padding = (0, -block.shape[1] % self._group, 0, -block.shape[0] % rows)

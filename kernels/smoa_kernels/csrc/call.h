@@ -39,12 +39,15 @@ struct Call {
       for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
     }
     for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
-    for (int most = kMaxPanels<E>; most > 0; most /= 2) {
+    for (int most = sweeping() ? 1 : kMaxPanels<E>; most > 0; most /= 2) {
       tiles.clear();
       for (size_t j = 0; j < jobs.size(); ++j) add_tiles(static_cast<int32_t>(j), most);
       if (static_cast<int>(tiles.size()) >= 2 * omp_get_max_threads()) break;
     }
   }
+
+  // Whether panels are swept one by one: for so few tokens that reading W is what takes the time.
+  bool sweeping() const { return whole && Amx<E>::kUsed && step.num_tokens <= kAmxRows; }
 
   static int64_t steps(int64_t rank) { return (rank + S::kRanks - 1) / S::kRanks; }
   const E* factor_a(int64_t slice, int64_t slot) const { return slices[slice].a + slot * layer.max_rank * h_in; }
@@ -156,13 +159,18 @@ struct Call {
       const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
       sorted_bytes = std::max(sorted_bytes, (kSize * part.packed_cols + 63) & ~int64_t{63});
-      int64_t widest = 0;
-      for (int64_t k = 0; k < part.num_blocks; ++k) widest = std::max(widest, part.blocks[k].packed_cols);
+      job.gridded = whole && Amx<E>::kUsed;
+      int64_t widest = 0, columns = 0;
+      for (int64_t k = 0; k < part.num_blocks; ++k) {
+        job.first_column.push_back(columns);
+        columns += job.width(part.blocks[k]);
+        widest = std::max(widest, job.width(part.blocks[k]));
+      }
       constexpr auto kRowSize = static_cast<int64_t>(sizeof(typename S::Row));
       job.result_stride = (h_out + 31) & ~int64_t{31};
       job.result = reinterpret_cast<E*>(take(job.num_tokens() * job.result_stride * kSize));
       const auto expanded = static_cast<int64_t>(job.expanded.size());
-      job.rows = reinterpret_cast<typename S::Row*>(take((expanded * part.packed_cols + kSpare * widest) * kRowSize));
+      job.rows = reinterpret_cast<typename S::Row*>(take((expanded * columns + kSpare * widest) * kRowSize));
       job.plain_stride = ((part.packed_cols + 31) & ~int64_t{31}) | 32;  // an odd number of lines, as the ways of a cache
       const int64_t plain = job.num_tokens() - job.first_plain;
       job.plain = reinterpret_cast<typename S::Row*>(take((plain + kSpare) * job.plain_stride * kRowSize));

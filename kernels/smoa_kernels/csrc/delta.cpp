@@ -73,10 +73,18 @@ struct TileRun {
   // `count` rows of at most R, of a chunk's tokens from first_token on.
   template <int R, typename Count>
   void expand(int64_t first_row, Count count, float (*sums)[kMaxPanels<E>][kLanes], int32_t first_token) {
-    const ExpandRow<E>* info = &job.expanded[first_row];
+    const int64_t width = job.width(*tile.block);
     Floats acc[P][R];
-    multiply_tile(space.amx, tile.weights, tile.block->stride, job.row(*tile.block, first_row), tile.block->packed_cols,
-                  tile.groups(), ahead, acc);
+    multiply_tile(space.amx, tile.weights - job.lead(*tile.block) * kLanes, tile.block->stride,
+                  job.row(*tile.block, first_row), width, width / S::kGroup, ahead, acc);
+    add_expanded(first_row, count, acc, sums, first_token);
+  }
+
+  // The products of `count` rows times their b, into the sums of a chunk's tokens.
+  template <int R, typename Count>
+  void add_expanded(int64_t first_row, Count count, const Floats (&acc)[P][R], float (*sums)[kMaxPanels<E>][kLanes],
+                    int32_t first_token) const {
+    const ExpandRow<E>* info = &job.expanded[first_row];
     // Every row's b is a stream of its own, too many for the hardware to foresee: fetch what the next tile needs.
     for (int r = 0; r < count; ++r) _mm_prefetch(info[r].b + tile.row_start + P * kLanes, _MM_HINT_T0);
     // A token's ranks follow each other: its sum stays in registers until the next token's row.
@@ -95,16 +103,49 @@ struct TileRun {
     }
   }
 
+  // The sums before any expanded row, or after the first of them; returns how many.
+  int64_t begin_sums(const Chunk& chunk, float (*sums)[kMaxPanels<E>][kLanes]) {
+    if constexpr (Amx<E>::kUsed && P == 1)
+      if (call.sweeping()) return sweep(chunk, sums);
+    std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
+    if (call.whole)
+      for_base(chunk.first_token, chunk.num_tokens, [&](int64_t position, auto&& base) {
+        for (int p = 0; p < P; ++p) store(sums[position - chunk.first_token][p], base(p));
+      });
+    return 0;
+  }
+
+  // Base products and the first expanded rows while the panel is read.
+  int64_t sweep(const Chunk& chunk, float (*sums)[kMaxPanels<E>][kLanes]) {
+    const Block& block = *tile.block;
+    const int64_t rows = chunk.num_rows, first = block.packed_col / kAmxColumns;
+    Sweep<E> operands;
+    operands.whole = job.plain_row(chunk.first_token), operands.whole_stride = job.plain_stride;
+    operands.part = job.row(block, chunk.first_row), operands.part_stride = job.width(block);
+    operands.whole_tiles = (chunk.num_tokens + kAmxRows - 1) / kAmxRows;
+    operands.part_tiles = static_cast<int>(
+        std::min<int64_t>((rows + kAmxRows - 1) / kAmxRows, kSweepTiles - operands.whole_tiles));
+    operands.steps = job.partition->packed_cols / kAmxColumns;
+    operands.part_step = first, operands.part_end = first + job.width(block) / kAmxColumns;
+    Floats acc[kSweepTiles][kAmxRows];
+    Amx<E>::sweep(space.amx, tile.weights - block.packed_col * kLanes, operands, ahead, acc);
+    for (int32_t i = 0; i < chunk.num_tokens; ++i) store(sums[i][0], acc[i / kAmxRows][i % kAmxRows]);
+    const int64_t done = std::min<int64_t>(rows, operands.part_tiles * kAmxRows);
+    for (int64_t start = 0; start < done; start += kAmxRows) {
+      const Floats(&part)[1][kAmxRows] =
+          reinterpret_cast<const Floats(&)[1][kAmxRows]>(acc[operands.whole_tiles + start / kAmxRows]);
+      add_expanded(chunk.first_row + start, static_cast<int>(std::min<int64_t>(done - start, kAmxRows)), part, sums,
+                   chunk.first_token);
+    }
+    return done;
+  }
+
   void expand_all() {
     float sums[kTokenChunk][kMaxPanels<E>][kLanes];
     for (const Chunk& chunk : job.chunks) {
-      std::memset(sums, 0, chunk.num_tokens * sizeof sums[0]);
-      if (call.whole)
-        for_base(chunk.first_token, chunk.num_tokens, [&](int64_t position, auto&& base) {
-          for (int p = 0; p < P; ++p) store(sums[position - chunk.first_token][p], base(p));
-        });
-      for_tiles<E>(chunk.num_rows, [&](int64_t start, auto room, auto count) {
-        expand<room>(chunk.first_row + start, count, sums, chunk.first_token);
+      const int64_t done = begin_sums(chunk, sums);
+      for_tiles<E>(chunk.num_rows - done, [&](int64_t start, auto room, auto count) {
+        expand<room>(chunk.first_row + done + start, count, sums, chunk.first_token);
       });
       for (int32_t i = 0; i < chunk.num_tokens; ++i)
         store_result(chunk.first_token + i, [&](int p) { return load(sums[i][p]); });

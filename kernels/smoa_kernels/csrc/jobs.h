@@ -46,6 +46,8 @@ struct Job {  // one partition of one slice; its tokens: those that expand, then
   E* result = nullptr;  // [num_tokens][result_stride], sorted rows of the layer
   int64_t result_stride = 0;
   float* bias = nullptr;  // in sorted order, null where there is none
+  bool gridded = false;   // expanded rows are padded to whole tiles of the columns of the whole weight
+  std::vector<int64_t> first_column;  // of each block's expanded rows, among the columns of all
   std::vector<ExpandRow<E>> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
@@ -55,8 +57,13 @@ struct Job {  // one partition of one slice; its tokens: those that expand, then
   int64_t num_expanding() const { return static_cast<int64_t>(expand_tokens.size()); }
   int64_t first_bare() const { return num_expanding() + alone_tokens; }
   int64_t num_tokens() const { return first_bare() + static_cast<int64_t>(bare.size()); }
+  // Columns that an expanded row of a block has, and those before its own.
+  int64_t lead(const Block& block) const { return gridded ? block.packed_col % kAmxColumns : 0; }
+  int64_t width(const Block& block) const {
+    return gridded ? (lead(block) + block.packed_cols + kAmxColumns - 1) & ~int64_t{kAmxColumns - 1} : block.packed_cols;
+  }
   typename Scheme<E>::Row* row(const Block& block, int64_t i) const {
-    return rows + static_cast<int64_t>(expanded.size()) * block.packed_col + i * block.packed_cols;
+    return rows + static_cast<int64_t>(expanded.size()) * first_column[&block - partition->blocks] + i * width(block);
   }
   typename Scheme<E>::Row* plain_row(int64_t position) const { return plain + (position - first_plain) * plain_stride; }
 };

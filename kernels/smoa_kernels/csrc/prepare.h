@@ -32,12 +32,15 @@ inline void expand_rows(const E* sorted, const E* a, int64_t a_stride, int64_t r
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
     const E* factors = a + block.col_start;
-    auto* out = job.row(block, row);
+    const int64_t width = job.width(block), lead = job.lead(block);
+    auto* first = job.row(block, row);
+    if (width > block.packed_cols) std::fill(first, first + rank * width, typename Scheme<E>::Row{});
+    auto* out = first + lead;
     for (int64_t j = 0; j < block.packed_cols; j += kLanes) {
       const int64_t cols = block.cols - j, padded = block.packed_cols - j;
       const Floats x = load_first(sorted + block.packed_col + j, cols);
       for (int64_t rho = 0; rho < rank; ++rho)
-        store_first(out + rho * block.packed_cols + j, multiply(x, load_first(factors + rho * a_stride + j, cols)),
+        store_first(out + rho * width + j, multiply(x, load_first(factors + rho * a_stride + j, cols)),
                     padded);
     }
   }
