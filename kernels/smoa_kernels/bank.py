@@ -268,7 +268,9 @@ class LayerBank:
             raise ShapeError("the update", [reason])
         row_order, col_order = row_order.to(self.device), col_order.to(self.device)
         if self._whole and self.whole_partition(index) is None:
-            return Partition(digest, row_order, col_order, blocks, self._keep_whole(index, row_order, col_order, blocks))
+            return Partition(
+                digest, row_order, col_order, blocks, self._keep_whole(index, row_order, col_order, blocks)
+            )
         dtype = self.dtype if self._row_scale is None else FP8
         weights, scales = [], []
         for block in blocks:

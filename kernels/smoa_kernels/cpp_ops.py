@@ -138,9 +138,11 @@ def smoa_delta_cpp(
 
 
 def one_pass(bank: LayerBank, plan: StepPlan) -> bool:
-    """Whether `smoa_linear_cpp` can serve a step: every token has an adapter (others keep the bits of the base product),
-    each slice's weight is whole, in the partition of all adapters of the step that change the slice, and nothing is
-    merged."""
+    """Whether `smoa_linear_cpp` can serve a step.
+
+    Every token has an adapter, as those of the base keep the bits of the base product; each slice's weight is whole, in
+    the partition of all adapters of the step that change the slice; and nothing is merged.
+    """
     return bank.memo("one pass", plan.version, lambda: _one_pass(bank, plan))
 
 

@@ -72,53 +72,38 @@ class PackedBlocks:
     def __init__(self, blocks: Sequence[Tensor], whole: Sequence[Tensor] | None = None) -> None:
         dtype = blocks[0].dtype if blocks else torch.bfloat16
         self.whole, self._group = whole is not None, 2 if dtype is torch.bfloat16 else 1
-        cols = [block.shape[1] for block in blocks]
-        padded = [self._padded(count) for count in cols]
-        bands = [(block, block.shape[0]) for block in blocks]
-        self.packed_cols = sum(padded)
+        cols = np.array([block.shape[1] for block in blocks], np.int64)
+        padded = cols + -cols % self._group
+        packed = _starts(padded)
+        self.packed_cols = int(padded.sum())
+        bands = [_filled(block, int(width)) for block, width in zip(blocks, padded, strict=True)]
         if whole is not None:
-            live = self.packed_cols
-            cols.append(whole[0].shape[1] - sum(cols))
-            padded.append(self._padded(cols[-1]))
-            if self._group == 2:  # rows of whole tiles of the tile unit
-                padded[-1] += -(live + padded[-1]) % TILE_COLUMNS
-            self.packed_cols = live + padded[-1]
-            bands = [(self._pad_columns(band, cols), band.shape[0]) for band in whole]
+            ends = [*cols.tolist(), whole[0].shape[1] - int(cols.sum())]
+            self.packed_cols += ends[-1]
+            self.packed_cols += -self.packed_cols % (TILE_COLUMNS if self._group == 2 else 1)
+            widths = [*padded.tolist(), self.packed_cols - int(padded.sum())]
+            bands = [
+                torch.cat([_filled(*part) for part in zip(torch.split(band, ends, dim=1), widths, strict=True)], dim=1)
+                for band in whole
+                if len(band)
+            ]
+        rows, count = [len(band) for band in bands], len(blocks)
+        strides = np.array([PANEL_ROWS * band.shape[1] for band in bands], np.int64)
+        panels = np.array([-(-size // PANEL_ROWS) for size in rows], np.int64)
+        firsts = _starts(panels * strides)
         self.table: NDArray[np.int64] = np.zeros((len(bands), 9), np.int64)
-        self._bands: list[Tensor] = []
-        sizes = [self._panels(rows) * PANEL_ROWS * self._padded(band.shape[1]) for band, rows in bands]
-        self.weights = torch.empty(sum(sizes), dtype=dtype)
-        row = col = packed_col = alone = start = 0
-        for k, ((band, rows), size) in enumerate(zip(bands, sizes, strict=True)):
-            live_cols, live_padded = (cols[k], padded[k]) if k < len(blocks) else (0, 0)
-            stride = PANEL_ROWS * self._padded(band.shape[1])
-            inside = packed_col * PANEL_ROWS if self.whole and live_cols else 0
-            self.table[k] = (
-                row, rows, col, live_cols, packed_col if live_cols else 0, live_padded, start + inside, stride, alone
-            )  # fmt: skip
-            panels = self.weights[start : start + size].view(
-                self._panels(rows), stride // (PANEL_ROWS * self._group), PANEL_ROWS, self._group
-            )
-            panels.copy_(self._pad(band).view(-1, PANEL_ROWS, *panels.shape[1::2]).transpose(1, 2))
-            self._bands.append(panels)
-            row, col, packed_col, start = row + rows, col + live_cols, packed_col + live_padded, start + size
-            alone += self._panels(rows) * PANEL_ROWS * live_padded
-
-    def _padded(self, cols: int) -> int:
-        return cols + -cols % self._group
-
-    @staticmethod
-    def _panels(rows: int) -> int:
-        return -(-rows // PANEL_ROWS)
-
-    def _pad_columns(self, band: Tensor, cols: Sequence[int]) -> Tensor:
-        parts = [self._pad(part, 1) for part in torch.split(band, list(cols), dim=1)]
-        filled = band.new_zeros(len(band), self.packed_cols - sum(part.shape[1] for part in parts))
-        return torch.cat([*parts, filled], dim=1)
-
-    def _pad(self, block: Tensor, rows: int = PANEL_ROWS) -> Tensor:
-        padding = (0, -block.shape[1] % self._group, 0, -block.shape[0] % rows)
-        return torch.nn.functional.pad(block, padding).contiguous()
+        self.table[:, 0], self.table[:, 1] = _starts(np.array(rows, np.int64)), rows
+        self.table[:count, 2:6] = np.stack([_starts(cols), cols, packed, padded], axis=1)
+        self.table[:, 6], self.table[:, 7] = firsts, strides
+        self.table[:count, 6] += PANEL_ROWS * packed if self.whole else 0
+        self.table[:count, 8] = _starts(panels[:count] * PANEL_ROWS * padded)
+        self.weights = torch.empty(int((panels * strides).sum()), dtype=dtype)
+        self._bands = []
+        for band, first, stride, number in zip(bands, firsts, strides, panels, strict=True):
+            held = self.weights[first : first + number * stride]
+            self._bands.append(held.view(number, stride // (PANEL_ROWS * self._group), PANEL_ROWS, self._group))
+            tall = torch.nn.functional.pad(band, (0, 0, 0, int(number) * PANEL_ROWS - len(band)))
+            self._bands[-1].copy_(tall.view(number, PANEL_ROWS, -1, self._group).transpose(1, 2))
 
     @property
     def nbytes(self) -> int:
@@ -131,3 +116,14 @@ class PackedBlocks:
         first = packed_col // self._group if self.whole else 0
         panels = self._bands[k][:, first : first + padded // self._group]
         return panels.transpose(1, 2).flatten(0, 1).flatten(1)[:rows, :cols]
+
+
+def _starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of some consecutive parts begins."""
+    starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
+    return starts
+
+
+def _filled(matrix: Tensor, width: int) -> Tensor:
+    """With zero columns behind, `width` in all."""
+    return torch.nn.functional.pad(matrix, (0, width - matrix.shape[1])).contiguous()

@@ -71,7 +71,9 @@ class SmoaModelManager(MovingManager):
         elif self.device.type == "cpu":
             self._register_cpu_module(module_name, module)
         if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
-            layers.attach(module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured, self._whole)
+            layers.attach(
+                module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured, self._whole
+            )
             self._static_context[layers.layer_key(module_name)] = module
         super().register_module(module_name, module)
 

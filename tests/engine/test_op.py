@@ -65,6 +65,29 @@ def test_a_compiled_graph_keeps_the_op_for_later_batches(layer: Any, backend: st
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_graph_keeps_a_layer_that_is_one_op(layer: Any, backend: str) -> None:
+    """Steps that take one pass over the weight, and steps that do not, through one graph."""
+    weight, bias = torch.randn(H_OUT, H_IN), torch.randn(H_OUT)
+    layer.base_layer = SimpleNamespace(
+        quant_method=SimpleNamespace(apply=lambda _, x, bias: torch.nn.functional.linear(x, weight, bias))
+    )
+    layer.punica_wrapper = SimpleNamespace(no_lora=True)
+
+    def one_op(x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.smoa_serve.linear(x, bias, H_OUT, "layer")
+        return torch.relu(y) + y
+
+    compiled = torch.compile(one_op, fullgraph=True, backend=backend)
+    for slots in ([-1] * T, [1, -1, 1, -1, -1, 1], [1] * T):
+        layer.smoa_plan.update(slots)
+        x = torch.randn(T, H_IN)
+        expected = torch.nn.functional.linear(x, weight, bias)
+        smoa_delta(expected, x, layer.smoa_bank, layer.smoa_plan, "reference")
+        torch.testing.assert_close(compiled(x), torch.relu(expected) + expected, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
 def test_the_op_passes_torchs_own_checks(layer: Any) -> None:
     y, x = torch.randn(T, H_OUT), torch.randn(T, H_IN)
     results = torch.library.opcheck(

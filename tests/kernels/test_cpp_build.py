@@ -2,6 +2,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
-ALL_FLAGS = frozenset(cpp_build.INSTRUCTION_SETS["avx512_bf16"].cpu_flags)
+ALL_FLAGS = frozenset(cpp_build.INSTRUCTION_SETS["amx_bf16"].cpu_flags)
 
 
 @pytest.fixture
@@ -65,29 +66,41 @@ def test_an_explicit_wish_is_refused_with_the_reason(fresh, monkeypatch, generat
 
 
 @pytest.mark.parametrize(
-    ("present", "chosen"),
+    ("present", "dtype", "chosen"),
     [
-        (ALL_FLAGS, "avx512_bf16"),
-        (ALL_FLAGS - {"avx512_bf16"}, "avx512"),
-        (ALL_FLAGS - {"avx512vl"}, "avx2"),
-        (frozenset({"avx2", "fma", "f16c", "sse4_2"}), "avx2"),
+        (ALL_FLAGS, torch.bfloat16, "amx_bf16"),
+        (ALL_FLAGS, torch.float32, "avx512_bf16"),
+        (ALL_FLAGS - {"amx_tile"}, torch.bfloat16, "avx512_bf16"),
+        (ALL_FLAGS - {"avx512_bf16"}, torch.bfloat16, "avx512"),
+        (ALL_FLAGS - {"avx512vl"}, torch.bfloat16, "avx2"),
+        (frozenset({"avx2", "fma", "f16c", "sse4_2"}), torch.bfloat16, "avx2"),
     ],
-    ids=["all", "no bf16", "AVX-512 in part", "AVX2"],
+    ids=["all", "all, float32", "no tile unit", "no bf16", "AVX-512 in part", "AVX2"],
 )
-def test_it_is_built_for_the_best_instruction_set_of_the_cpu(fresh, monkeypatch, present, chosen):
+def test_it_is_built_for_the_best_instruction_set_of_the_cpu(fresh, monkeypatch, present, dtype, chosen):
     built = []
     monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: present)
     monkeypatch.setattr(cpp_build, "_build", lambda dtype, name: built.append((dtype, name)) or "/nowhere.so")
-    assert "/nowhere.so" in cpp_build.unavailable_reason("cpu", torch.float32)
-    assert built == [(torch.float32, chosen)]
-    assert cpp_build.supported_instruction_sets()[0] == chosen
+    assert "/nowhere.so" in cpp_build.unavailable_reason("cpu", dtype)
+    assert built == [(dtype, chosen)]
+
+
+def test_where_the_system_keeps_the_tile_unit_to_itself_registers_serve(fresh, monkeypatch, tmp_path):
+    permitted = {"amx_bf16": 0, "avx512_bf16": 1}
+    monkeypatch.setattr(cpp_build, "_build", lambda dtype, name: name)
+    monkeypatch.setattr(
+        cpp_build.ctypes, "CDLL", lambda name: SimpleNamespace(name=name, smoa_permitted=lambda: permitted[name])
+    )
+    assert cpp_build.library(torch.bfloat16).name == "avx512_bf16"
+    with pytest.raises(ImplementationError, match="the system does not let this process use amx_bf16"):
+        cpp_build.library(torch.bfloat16, "amx_bf16")
 
 
 def test_an_instruction_set_that_is_missing_or_unknown_is_refused(fresh, monkeypatch):
     monkeypatch.setattr(cpp_build, "_cpu_flags", lambda: ALL_FLAGS - {"avx512_bf16"})
     with pytest.raises(ImplementationError, match="the CPU lacks avx512_bf16"):
         cpp_build.library(torch.bfloat16, "avx512_bf16")
-    with pytest.raises(ImplementationError, match="'neon' is unknown; allowed: avx512_bf16, avx512, avx2"):
+    with pytest.raises(ImplementationError, match="'neon' is unknown; allowed: amx_bf16, avx512_bf16, avx512, avx2"):
         cpp_build.library(torch.bfloat16, "neon")
 
 

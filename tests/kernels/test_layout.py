@@ -35,7 +35,7 @@ def test_packed_running_example_of_the_docstring():
     packed = PackedBlocks([block])
     panels = packed.weights.view(2, 3, PANEL_ROWS, 2)
     assert packed.packed_cols == 6
-    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 6, 0]]
+    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 6, 0, 96, 0]]
     assert panels[1, 1, 2].tolist() == block[18, 2:4].tolist()
     assert not panels[1, :, 4:].any()  # rows 20 to 31
     assert not panels[:, 2, :, 1].any()  # column 5
@@ -43,7 +43,7 @@ def test_packed_running_example_of_the_docstring():
 
 def test_packed_table_follows_the_blocks():
     packed = PackedBlocks([torch.ones(17, 3).bfloat16(), torch.ones(2, 4).bfloat16()])
-    assert packed.table.tolist() == [[0, 17, 0, 3, 0, 4, 0], [17, 2, 3, 4, 4, 4, 32 * 4]]
+    assert packed.table.tolist() == [[0, 17, 0, 3, 0, 4, 0, 64, 0], [17, 2, 3, 4, 4, 4, 128, 64, 128]]
     assert packed.packed_cols == 8
 
 
@@ -51,5 +51,23 @@ def test_packed_table_follows_the_blocks():
 def test_only_bfloat16_has_its_columns_in_pairs(dtype):
     block = torch.arange(100.0).reshape(20, 5).to(dtype)
     packed = PackedBlocks([block])
-    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 5, 0]]
+    assert packed.table.tolist() == [[0, 20, 0, 5, 0, 5, 0, 80, 0]]
     assert torch.equal(packed.weights.view(2, 5, PANEL_ROWS)[0, 3], block[:16, 3])
+
+
+def test_blocks_inside_a_whole_weight(generator):
+    """Two blocks in 23 rows and 8 columns; the last 3 rows and the last column belong to none."""
+    whole = torch.randn(23, 8, generator=generator).bfloat16()
+    blocks = [whole[:17, :3], whole[17:20, 3:7]]
+    packed = PackedBlocks(blocks, [whole[:17], whole[17:20], whole[20:]])
+    assert [packed.block(k).tolist() for k in range(2)] == [block.tolist() for block in blocks]
+    assert packed.packed_cols == 32  # 4 + 4 + 1, then zeros up to whole tiles
+    stride, alone = 16 * 32, 2 * 16 * 4  # the second block's panels if the first one's were alone
+    assert packed.table.tolist() == [
+        [0, 17, 0, 3, 0, 4, 0, stride, 0],
+        [17, 3, 3, 4, 4, 4, 2 * stride + 4 * 16, stride, alone],
+        [20, 3, 0, 0, 0, 0, 3 * stride, stride, 0],
+    ]
+    last = packed.weights[3 * stride :].view(16, 16, 2)
+    assert last[:2, :3].transpose(0, 1).flatten(1).tolist() == [[*row[:3], 0.0] for row in whole[20:].tolist()]
+    assert last[4, :3, 0].tolist() == whole[20:, 7].tolist()
