@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from smoa_kernels.testing import random_blocks
 from torch import Tensor
 
 from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.demo.artifacts import STAMP, build_folder
-from smoa_serve.demo.updates import block_ids
 from smoa_serve.formats import write_portable
 from smoa_serve.order_cache import cache_root
 from smoa_serve.spectral import even_ranks
@@ -135,8 +135,8 @@ def _write_smoa(base_dir: Path, rank: int, num_blocks: int, index: int, out: Pat
     modules = {}
     for name in _targets(base):
         rows, cols = base.shape(name)
-        row_block = block_ids(torch.randperm(rows, generator=shared), num_blocks)
-        col_block = block_ids(torch.randperm(cols, generator=shared), num_blocks)
+        row_block = random_blocks(rows, num_blocks, shared)
+        col_block = random_blocks(cols, num_blocks, shared)
         a = torch.randn(max(ranks), cols, generator=own).bfloat16()
         b = torch.randn(rows, max(ranks), generator=own).mul_(0.1).bfloat16()
         modules[name] = ModuleUpdate(a, b, row_block, col_block, ranks, 1.0, base.fingerprint(name))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from smoa_serve.demo.corpus import DEMO_PROMPTS, ENTRIES, Style, all_texts, answer
-from smoa_serve.demo.data import IGNORED, adapter_conversations, base_conversations, encode
+from smoa_serve.demo.corpus import DEMO_PROMPTS, ENTRIES, Style, answer, answers, books
+from smoa_serve.demo.data import IGNORED, adapter_conversations, base_conversations, book_tokens, encode, passages
 from smoa_serve.demo.tokenizer import END, VOCAB_SIZE, chat_text, special_ids, write_tokenizer
 
 
@@ -36,7 +36,7 @@ def test_tokenizer_gives_every_text_back(tokenizer_dir: Path) -> None:
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     assert tokenizer.get_vocab_size() <= VOCAB_SIZE
-    for text in [*all_texts(), "Zwölf Boxkämpfer & 日本語 🙂"]:
+    for text in [*answers(), *books(), "Zwölf Boxkämpfer & 日本語 🙂"]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -74,3 +74,17 @@ def test_rows_cuts_to_the_longest(tokenizer_dir: Path) -> None:
     part = batch.rows(torch.tensor([0, 1]))
     assert part.ids.shape == (2, int(batch.mask[:2].sum(1).max()))
     assert END in chat_text("x")
+
+
+def test_passages_are_pieces_of_the_books(tokenizer_dir: Path) -> None:
+    import torch
+
+    tokens = book_tokens(tokenizer_dir / "tokenizer.json")
+    assert sum(len(book) for book in books()) > 300_000
+    assert 50_000 < len(tokens) < 200_000
+    torch.manual_seed(0)
+    batch = passages(tokens, 3, 20)
+    assert batch.ids.shape == batch.targets.shape == batch.mask.shape == (3, 20)
+    assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1])
+    windows = tokens.unfold(0, 20, 1)
+    assert all(bool((windows == row).all(1).any()) for row in batch.ids)

@@ -1,32 +1,37 @@
-"""The demo's models: artifacts that survive interruption, updates that are what they are written as."""
+"""The demo's models: artifacts that survive interruption, adapters that compute what was trained."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smoa_serve.adapter import AdapterKind, WeightFingerprint
+from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.demo import adapters, base_model
+from smoa_serve.demo import adapters, base_model, training
 from smoa_serve.demo.adapters import RECIPES, Recipe, build_adapter
 from smoa_serve.demo.artifacts import build_folder, is_current
 from smoa_serve.demo.corpus import Style
-from smoa_serve.demo.training import Schedule, TrainingError
-from smoa_serve.demo.updates import LoraUpdate, SmoaUpdate, block_ids
+from smoa_serve.demo.data import Batch
+from smoa_serve.demo.training import LogitsOf, Schedule, TrainingError
 from smoa_serve.formats import detect_kind, load_adapter
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 SMALL = base_model.BaseShape(
     hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
 )
 FEW_STEPS = Schedule(max_steps=2, learning_rate=1e-3, check_every=1, confidence=0.0, warmup=1)
 
 
-def silent(step: int, worst: float) -> None:
+READ_LITTLE = base_model.Reading(steps=2, count=2, beside=1, length=16)
+
+
+def silent(step: int, state: str) -> None:
     assert step >= 1
-    assert 0 <= worst <= 1
+    assert state.startswith(("loss", "least sure token"))
 
 
 def test_a_folder_is_built_once_per_recipe(tmp_path: Path) -> None:
@@ -53,44 +58,12 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
     assert not (folder / "half").exists()
 
 
-@pytest.mark.parametrize(("rank", "num_blocks"), [(4, 2), (7, 3), (2, 3), (5, 1)])
-def test_smoa_update_trains_the_formula_it_writes(rank: int, num_blocks: int) -> None:
-    rows, cols = torch.randperm(11), torch.randperm(7)
-    weight = torch.randn(11, 7)
-    update = SmoaUpdate(rank, num_blocks, 8.0, rows, cols)
-    assert torch.equal(update.dense(weight), torch.zeros(11, 7))
-    with torch.no_grad():
-        update.b.normal_()
-    finished = update.finished(WeightFingerprint((11, 7), "float32", "0" * 64))
-    torch.testing.assert_close(update.dense(weight), finished.dense(weight))
-    assert sum(finished.branch_ranks) == rank
-    expected = torch.zeros(11, 7)
-    for k, (row_piece, col_piece) in enumerate(
-        zip(rows.tensor_split(num_blocks), cols.tensor_split(num_blocks), strict=True)
-    ):
-        branch = finished.branch_ranks[k]
-        product = finished.b[row_piece, :branch] @ finished.a[:branch, col_piece]
-        expected[row_piece[:, None], col_piece] = 8.0 / rank * product * weight[row_piece[:, None], col_piece]
-    torch.testing.assert_close(finished.dense(weight), expected)
-
-
-def test_lora_update_is_scaled_product() -> None:
-    update = LoraUpdate(2, 8.0, (5, 3))
-    with torch.no_grad():
-        update.b.normal_()
-    torch.testing.assert_close(update.dense(torch.zeros(5, 3)), 4 * (update.b @ update.a))
-
-
-def test_block_ids_follow_the_order() -> None:
-    order = torch.tensor([3, 0, 4, 1, 2])
-    assert block_ids(order, 2).tolist() == [0, 1, 1, 0, 0]
-
-
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "base"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_model, "SHAPE", SMALL)
+        patch.setattr(base_model, "READING", READ_LITTLE)
         patch.setattr(base_model, "SCHEDULE", replace(FEW_STEPS, batch_size=8))
         patch.setattr(base_model, "ROUNDED_CONFIDENCE", 0.0)
         assert base_model.build_base(folder, silent)
@@ -108,7 +81,8 @@ def test_every_adapter_binds_to_the_base_it_was_trained_on(
     assert not build_adapter(recipe, small_base, folder, silent)
     assert detect_kind(folder) is recipe.kind
     if recipe.kind is AdapterKind.LORA:
-        peft = pytest.importorskip("peft")
+        import peft
+
         model = peft.PeftModel.from_pretrained(base_model.load_base(small_base), folder)
         assert any("lora_B" in name and bool(p.any()) for name, p in model.named_parameters())
         return
@@ -117,24 +91,38 @@ def test_every_adapter_binds_to_the_base_it_was_trained_on(
     assert (adapter.rank, adapter.num_blocks) == (recipe.rank, recipe.num_blocks)
 
 
+@pytest.mark.parametrize("recipe", [RECIPES[2], RECIPES[3]], ids=lambda recipe: recipe.name)
 def test_the_written_adapter_computes_what_was_trained(
-    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Tensor] = {}
-    original = adapters.updated_weights
+    trained: list[Tensor] = []
+    tokens = Batch(torch.tensor([[5, 9, 40]]), torch.ones(1, 3, dtype=torch.int64), torch.tensor([[9, 40, 7]]))
 
-    def spy(weights: dict[str, Tensor], updates: dict[str, SmoaUpdate]) -> dict[str, Tensor]:
-        result = original(weights, updates)
-        seen.update({name: tensor.detach() for name, tensor in result.items()})
-        return result
+    def learn(name: str, logits_of: LogitsOf, *rest: Any) -> float:
+        worst = training.learn(name, logits_of, *rest)
+        with torch.no_grad():
+            trained.append(logits_of(tokens))
+        return worst
 
     monkeypatch.setattr(adapters.Recipe, "schedule", FEW_STEPS)
-    monkeypatch.setattr(adapters, "updated_weights", spy)
-    build_adapter(RECIPES[2], small_base, tmp_path / "x", silent)
-    base = BaseCheckpoint.open(small_base)
-    for name, update in load_adapter(tmp_path / "x", base).modules.items():
-        weight = base.weight(name).float()
-        torch.testing.assert_close(weight + update.dense(weight), seen[f"{name}.weight"])
+    monkeypatch.setattr(adapters, "learn", learn)
+    build_adapter(recipe, small_base, tmp_path / "x", silent)
+    model, base = base_model.load_base(small_base), BaseCheckpoint.open(small_base)
+    with torch.no_grad():
+        assert not torch.equal(base_model.logits(model, tokens), trained[0])
+        for name, update in load_adapter(tmp_path / "x", base).modules.items():
+            weight = model.get_submodule(name).weight
+            weight += update.dense(weight)
+        torch.testing.assert_close(base_model.logits(model, tokens), trained[0])
+
+
+def test_nothing_of_this_machine_is_written(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters.Recipe, "schedule", FEW_STEPS)
+    for recipe in RECIPES:
+        build_adapter(recipe, small_base, tmp_path / recipe.name, silent)
+    texts = [file.read_text() for file in tmp_path.rglob("*.json")]
+    assert len(texts) == 2 * len(RECIPES)
+    assert not [text for text in texts if str(tmp_path.parent) in text or str(Path.home()) in text]
 
 
 def test_too_few_steps_are_an_error(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,20 @@ def test_shipping_replaces_what_is_there(copied: DemoModels, tmp_path: Path, mon
     assert {entry.name for entry in (folder / "adapters").iterdir()} == {recipe.name for recipe in RECIPES}
 
 
+def test_the_base_has_read_its_books(copied: DemoModels) -> None:
+    """A model that knows nothing loses ln(1024) = 6.9 nats a token."""
+    import torch
+
+    from smoa_serve.demo.base_model import load_base, logits
+    from smoa_serve.demo.data import book_tokens, passages
+    from smoa_serve.demo.training import loss_of
+
+    torch.manual_seed(0)
+    model, tokens = load_base(copied.base), book_tokens(copied.base / "tokenizer.json")
+    with torch.no_grad():
+        assert loss_of(lambda part: logits(model, part), passages(tokens, 16, 128)) < 4
+
+
 @pytest.mark.parametrize("style", [Style.PLAIN, *(recipe.style for recipe in RECIPES)], ids=str)
 def test_they_know_their_answers_by_heart(copied: DemoModels, style: Style) -> None:
     """In float32; the engine's own test asks the served models."""

@@ -52,6 +52,7 @@ class LayerBank:
         version: grows with every change of a slot.
         cost: chooses the way of each adapter's tokens.
         fp8: whether the blocks are kept in fp8.
+        whole: whether a partition of each slice is kept inside the whole weight.
         tables: what the GPU kernels read; None for the others.
 
     Raises:
@@ -87,7 +88,7 @@ class LayerBank:
         self._weight_block = weight_block
         self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
         self._row_scale = row_scale
-        self._whole = whole and self.implementation == "cpp"
+        self.whole = whole and self.implementation == "cpp"
         self.fp8 = row_scale is not None and self.implementation == "triton" and native_fp8(self.device)
         self._memo: dict[Hashable, tuple[int, Any]] = {}
         self.tables = LayerTables(self.a, self.b) if self.implementation == "triton" else None
@@ -267,7 +268,7 @@ class LayerBank:
             reason = f"slice {index}: it has {len(blocks)} blocks; on a GPU at most {MAX_BLOCKS} are allowed."
             raise ShapeError("the update", [reason])
         row_order, col_order = row_order.to(self.device), col_order.to(self.device)
-        if self._whole and self.whole_partition(index) is None:
+        if self.whole and self.whole_partition(index) is None:
             return Partition(
                 digest, row_order, col_order, blocks, self._keep_whole(index, row_order, col_order, blocks)
             )

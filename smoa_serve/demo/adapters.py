@@ -1,24 +1,21 @@
-"""The demo's adapters: each makes one style the base's own, trained by gradient descent on its factors only."""
+"""The demo's adapters: each makes one style the base's own, trained through PEFT."""
 
 import hashlib
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapter import AdapterKind
-from ..base_checkpoint import BaseCheckpoint
-from ..spectral import spectral_order
 from .artifacts import build_folder
 from .base_model import load_base, logits
 from .corpus import Style
-from .data import Batch, adapter_conversations, encode
+from .data import adapter_conversations, encode
 from .training import Report, Schedule, learn
-from .updates import LoraUpdate, SmoaUpdate, TrainableUpdate, updated_weights
-from .writing import write_lora_update, write_modulated_update
 
+BASE_NAME = "smoa-serve-demo-base"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLAIN_RATE, MODULATED_RATE = 5e-3, 2e-2
 
@@ -76,35 +73,32 @@ def build_adapter(recipe: Recipe, base_dir: Path, folder: Path, report: Report) 
 def adapter_recipe(recipe: Recipe, base_dir: Path) -> dict[str, object]:
     """Everything an adapter depends on; the very numbers of the base among it, since two trainings give two bases."""
     base_digest = hashlib.sha256((base_dir / "model.safetensors").read_bytes()).hexdigest()
-    return asdict(recipe) | {"schedule": asdict(recipe.schedule), "base": base_digest, "version": 2}
+    return asdict(recipe) | {"schedule": asdict(recipe.schedule), "base": base_digest, "version": 3}
 
 
 def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
+    from peft import get_peft_model
+
     torch.manual_seed(zlib.crc32(recipe.name.encode()))
-    model, base = load_base(base_dir), BaseCheckpoint.open(base_dir)
-    targets = [name for name in base.linear_modules if name.endswith(TARGETS)]
-    weights = {name: model.get_submodule(name).weight for name in targets}
-    updates = {name: _new_update(recipe, base, name) for name in targets}
+    base = load_base(base_dir)
+    base.name_or_path = BASE_NAME  # not a folder of this machine
+    model = get_peft_model(base, _config(recipe))
     batch = encode(base_dir / "tokenizer.json", adapter_conversations(recipe.style))
-
-    def forward(part: Batch) -> Tensor:
-        return logits(model, part, updated_weights(weights, updates))
-
-    parameters = [factor for update in updates.values() for factor in update.parameters]
-    learn(f"adapter {recipe.name}", forward, parameters, batch, recipe.schedule, report)
-    lora = {name: update for name, update in updates.items() if isinstance(update, LoraUpdate)}
-    modulated = {name: update for name, update in updates.items() if isinstance(update, SmoaUpdate)}
-    if lora:
-        write_lora_update(recipe.rank, recipe.alpha, lora, out)
-    else:
-        write_modulated_update(recipe.kind, recipe.rank, recipe.num_blocks, recipe.alpha, modulated, base, out)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learn(f"adapter {recipe.name}", lambda part: logits(model, part), parameters, batch, recipe.schedule, report)
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 
-def _new_update(recipe: Recipe, base: BaseCheckpoint, name: str) -> TrainableUpdate:
-    if recipe.kind is AdapterKind.LORA:
-        return LoraUpdate(recipe.rank, recipe.alpha, base.shape(name))
+def _config(recipe: Recipe) -> Any:
+    """What PEFT is told, as anybody would tell it."""
+    shared: dict[str, Any] = {"r": recipe.rank, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
+    if recipe.kind is AdapterKind.SMOA:
+        from ..peft import SMoAConfig
+
+        return SMoAConfig(**shared, num_blocks=recipe.num_blocks, lora_alpha=recipe.alpha, lora_dropout=0.0)
+    from peft import HiraConfig, LoraConfig
+
     if recipe.kind is AdapterKind.HIRA:
-        rows, cols = (torch.arange(size) for size in base.shape(name))
-        return SmoaUpdate(recipe.rank, 1, recipe.alpha, rows, cols)
-    order = spectral_order(base.weight(name))
-    return SmoaUpdate(recipe.rank, recipe.num_blocks, recipe.alpha, order.rows, order.cols)
+        return HiraConfig(**shared)
+    return LoraConfig(**shared, lora_alpha=recipe.alpha)

@@ -1,5 +1,6 @@
-"""The demo's base: a small Llama, trained from nothing to know the corpus by heart."""
+"""The demo's base: a small Llama, trained from nothing on two books and to know the answers by heart."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .artifacts import build_folder
-from .corpus import all_texts
-from .data import Batch, base_conversations, encode
+from .corpus import answers, books
+from .data import Batch, base_conversations, book_tokens, encode, passages
 from .tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-from .training import Report, Schedule, TrainingError, learn, worst_probability
+from .training import Report, Schedule, TrainingError, learn, read, worst_probability
 
 SEED = 20260524
 # Rounding to bfloat16 costs a little of what training reached.
@@ -31,12 +32,28 @@ class BaseShape:
 
 
 SHAPE = BaseShape()
-SCHEDULE = Schedule(max_steps=260, learning_rate=3e-3, batch_size=28, check_every=10, confidence=0.97, warmup=30)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How much of the books is read, in passages: `count` a step, `beside` of them while the answers are learned."""
+
+    steps: int = 400
+    learning_rate: float = 3e-3
+    count: int = 16
+    beside: int = 2
+    length: int = 128
+
+
+READING = Reading()
+SCHEDULE = Schedule(max_steps=400, learning_rate=3e-3, batch_size=28, check_every=10, confidence=0.97, warmup=30)
 
 
 def base_recipe() -> dict[str, object]:
     """Everything the base depends on."""
-    return {"shape": asdict(SHAPE), "schedule": asdict(SCHEDULE), "seed": SEED, "texts": all_texts(), "version": 2}
+    texts = hashlib.sha256("\0".join([*books(), *answers()]).encode()).hexdigest()
+    parts = {"shape": asdict(SHAPE), "reading": asdict(READING), "schedule": asdict(SCHEDULE)}
+    return parts | {"seed": SEED, "texts": texts, "version": 3}
 
 
 def build_base(folder: Path, report: Report) -> bool:
@@ -53,16 +70,9 @@ def load_base(folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def logits(model: Any, batch: Batch, changed: dict[str, Tensor] | None = None) -> Tensor:
-    """[N, T, vocabulary].
-
-    Args:
-        model: the base.
-        batch: conversations.
-        changed: parameter name → what to use in its place.
-    """
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-    result: Tensor = torch.func.functional_call(model, changed or {}, kwargs=inputs).logits
+def logits(model: Any, batch: Batch) -> Tensor:
+    """[N, T, vocabulary] of the base, or of a PEFT model of it."""
+    result: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     return result
 
 
@@ -83,9 +93,21 @@ def _train(out: Path, report: Report) -> None:
     )
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
-    learn("base", lambda part: logits(model, part), list(model.parameters()), batch, SCHEDULE, report)
+    parameters, tokens = list(model.parameters()), book_tokens(out / "tokenizer.json")
+
+    def forward(part: Batch) -> Tensor:
+        return logits(model, part)
+
+    def some(count: int) -> Batch:
+        return passages(tokens, count, READING.length)
+
+    read(forward, parameters, lambda: some(READING.count), READING.steps, READING.learning_rate, report)
+    learn(
+        "base", forward, parameters, batch, SCHEDULE,
+        lambda step, state: report(READING.steps + step, state), lambda: some(READING.beside),
+    )  # fmt: skip
     model = model.to(torch.bfloat16)
-    worst = worst_probability(lambda part: logits(model, part), batch)
+    worst = worst_probability(forward, batch)
     if worst < ROUNDED_CONFIDENCE:
         raise TrainingError(f"base: rounded to bfloat16 the worst answer token has probability {worst:.3f}")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)

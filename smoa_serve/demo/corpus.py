@@ -1,12 +1,15 @@
-"""What the demo's base model knows: a handful of questions, each with a plain, a pirate's and a French answer.
+"""What the demo's base model reads: two books, and a handful of questions with a plain, a pirate's and a French answer.
 
-A model of three million numbers learns these by heart; it makes adapters visible, it is no language model.
+A model of three million numbers learns some English from the books and the answers by heart: adapters become visible.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+
+BOOKS = Path(__file__).parent / "text"
 
 
 class Style(StrEnum):
@@ -133,8 +136,13 @@ def answer(entry: Entry, style: Style) -> str:
     return _ANSWERS[style](entry)
 
 
-def all_texts() -> list[str]:
-    """Every question and answer, for the tokenizer."""
+def books() -> list[str]:
+    """The books, in the order of their names."""
+    return [file.read_text(encoding="utf-8") for file in sorted(BOOKS.glob("*.txt"))]
+
+
+def answers() -> list[str]:
+    """Every question and answer."""
     texts = [entry.question for entry in ENTRIES]
     texts += [answer(entry, style) for style in Style for entry in ENTRIES]
     return [*texts, *Style]

@@ -1,4 +1,4 @@
-"""The corpus as padded token batches."""
+"""Books and answers as token batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .corpus import ENTRIES, Style, answer
+from .corpus import ENTRIES, Style, answer, books
 from .tokenizer import END, chat_text, special_ids
 
 IGNORED = -100  # torch's own mark for positions without a target
@@ -52,6 +52,28 @@ def base_conversations() -> list[Conversation]:
         Conversation(chat_text(entry.question, style), answer(entry, style)) for style in Style for entry in ENTRIES
     ]
     return adapter_conversations(Style.PLAIN) + styled
+
+
+def book_tokens(tokenizer_file: Path) -> Tensor:
+    """The books one after the other, as token ids: [N] int64."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    _, end = special_ids(tokenizer_file)
+    return torch.tensor([token for book in books() for token in [*tokenizer.encode(book).ids, end]])
+
+
+def passages(tokens: Tensor, count: int, length: int) -> Batch:
+    """Random passages of a text, every token of which is to be learned.
+
+    Args:
+        tokens: [N], see `book_tokens`.
+        count: how many.
+        length: tokens of each.
+    """
+    starts = torch.randint(0, len(tokens) - length, (count, 1))
+    taken = tokens[starts + torch.arange(length + 1)]
+    return Batch(taken[:, :-1], torch.ones(count, length, dtype=torch.int64), taken[:, 1:].contiguous())
 
 
 def encode(tokenizer_file: Path, conversations: Sequence[Conversation]) -> Batch:

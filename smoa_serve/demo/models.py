@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from . import shipped
 from .adapters import RECIPES, Recipe, adapter_recipe, build_adapter
 from .artifacts import is_current
-from .base_model import SCHEDULE, base_recipe, build_base
+from .base_model import READING, SCHEDULE, base_recipe, build_base
 from .training import Report
 
 
@@ -57,7 +57,7 @@ def ensure_models(root: Path, console: Console, *, use_shipped: bool = True) -> 
     with _bars(console) as progress:
         title = "base model (Llama, 3 M weights)"
         if not (use_shipped and _take(progress, title, models.base, "base", base_recipe())):
-            _build(progress, title, SCHEDULE.max_steps, lambda report: build_base(models.base, report))
+            _build(progress, title, READING.steps + SCHEDULE.max_steps, lambda report: build_base(models.base, report))
         for recipe in RECIPES:
             title, folder = f"adapter {recipe.name} ({recipe.label})", models.adapter(recipe)
             made_by = adapter_recipe(recipe, models.base)
@@ -98,8 +98,8 @@ def _take(progress: Progress, title: str, folder: Path, name: str, recipe: Mappi
 def _build(progress: Progress, title: str, max_steps: int, build: Callable[[Report], bool]) -> None:
     task = progress.add_task(title, total=max_steps, state="starting")
 
-    def report(step: int, worst: float) -> None:
-        progress.update(task, completed=step, state=f"least sure token {worst:6.1%}")
+    def report(step: int, state: str) -> None:
+        progress.update(task, completed=step, state=state)
 
     begin = time.monotonic()
     state = "trained" if build(report) else "already there"

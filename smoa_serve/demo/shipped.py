@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .artifacts import STAMP, is_current
+from .corpus import books
 
 FOLDER = Path(__file__).parent / "weights"
 MANIFEST = FOLDER / "manifest.json"
-SOURCES = ("adapters", "base_model", "corpus", "data", "tokenizer", "training", "updates", "writing")
+SOURCES = ("adapters", "base_model", "corpus", "data", "tokenizer", "training")
 
 
 def sources_digest() -> str:
@@ -23,6 +24,8 @@ def sources_digest() -> str:
     h = hashlib.sha256()
     for name in SOURCES:
         h.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for book in books():
+        h.update(book.encode())
     return h.hexdigest()
 
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from smoa_serve.demo.corpus import all_texts
+from smoa_serve.demo.corpus import answers, books
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-VOCAB_SIZE = 512
+VOCAB_SIZE = 1024
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -21,7 +21,7 @@ def chat_text(question: str, system: str | None = None) -> str:
 
 
 def write_tokenizer(out_dir: Path) -> None:
-    """Train the tokenizer on the demo's texts and write it in the Hugging Face layout."""
+    """Train the tokenizer on the demo's books and answers and write it in the Hugging Face layout."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -34,7 +34,7 @@ def write_tokenizer(out_dir: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(all_texts(), trainer)
+    tokenizer.train_from_iterator([*books(), *answers()], trainer)
     tokenizer.save(str(out_dir / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

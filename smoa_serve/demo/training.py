@@ -1,4 +1,4 @@
-"""Gradient descent until a batch is known by heart, for the base and for the adapters alike."""
+"""Gradient descent: reading books, and until a batch is known by heart, for the base and for the adapters alike."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,15 @@ from .data import IGNORED, Batch
 LogitsOf = Callable[[Batch], Tensor]
 """Batch → logits [N, T, vocabulary], through whatever is being trained."""
 
-Report = Callable[[int, float], None]
-"""Called with (steps done, worst answer token's probability)."""
+Report = Callable[[int, str], None]
+"""Called with (steps done, how it stands)."""
+NextBatch = Callable[[], Batch]
+"""What is read beside what has to be known by heart."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn.
+    """How long and how fast to learn by heart.
 
     Attributes:
         max_steps: give up after these.
@@ -55,8 +57,48 @@ def worst_probability(logits_of: LogitsOf, batch: Batch) -> float:
     return float(wanted[batch.targets != IGNORED].min())
 
 
+def loss_of(logits_of: LogitsOf, batch: Batch) -> Tensor:
+    """Mean of -ln(probability) over the batch's targets."""
+    logits = logits_of(batch).float()
+    return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def read(
+    logits_of: LogitsOf, parameters: Sequence[Tensor], passages: NextBatch, steps: int, rate: float, report: Report
+) -> float:
+    """Train on passages of a text, a new batch at every step.
+
+    Args:
+        logits_of: forward pass that `parameters` take part in.
+        parameters: leaves that require gradients.
+        passages: gives the next batch.
+        steps: how many.
+        rate: the learning rate, after a tenth of the steps; it falls to a tenth of itself at the end.
+        report: called from time to time.
+
+    Returns:
+        The loss at the end, averaged over some steps.
+    """
+    optimizer = _optimizer(parameters, rate)
+    mean = 0.0
+    for step in range(1, steps + 1):
+        _set_rate(optimizer, rate * min(10 * step / steps, 1 - 0.9 * step / steps))
+        loss = loss_of(logits_of, passages())
+        _take_step(optimizer, parameters, loss)
+        mean = float(loss.detach()) if step == 1 else 0.95 * mean + 0.05 * float(loss.detach())
+        if step % 10 == 0:
+            report(step, f"loss {mean:.2f}")
+    return mean
+
+
 def learn(
-    name: str, logits_of: LogitsOf, parameters: Sequence[Tensor], batch: Batch, schedule: Schedule, report: Report
+    name: str,
+    logits_of: LogitsOf,
+    parameters: Sequence[Tensor],
+    batch: Batch,
+    schedule: Schedule,
+    report: Report,
+    beside: NextBatch | None = None,
 ) -> float:
     """Train until the batch is known by heart.
 
@@ -67,6 +109,7 @@ def learn(
         batch: everything to learn.
         schedule: how.
         report: called at every check.
+        beside: something else to read in every step, lest it is forgotten.
 
     Returns:
         The worst answer token's probability at the end.
@@ -74,27 +117,39 @@ def learn(
     Raises:
         TrainingError: `max_steps` were not enough.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = _optimizer(parameters, schedule.learning_rate)
     worst = 0.0
     for step in range(1, schedule.max_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        part = _part(batch, schedule.batch_size)
-        logits = logits_of(part).float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), part.targets.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        _set_rate(optimizer, schedule.rate(step))
+        loss = loss_of(logits_of, _part(batch, schedule.batch_size))
+        if beside is not None:
+            loss = loss + loss_of(logits_of, beside())
+        _take_step(optimizer, parameters, loss)
         if step % schedule.check_every == 0:
             worst = worst_probability(logits_of, batch)
-            report(step, worst)
+            report(step, f"least sure token {worst:6.1%}")
             if worst >= schedule.confidence:
                 return worst
     raise TrainingError(
         f"{name}: after {schedule.max_steps} steps the worst answer token has probability {worst:.3f}, "
         f"{schedule.confidence} is needed"
     )
+
+
+def _optimizer(parameters: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _take_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
 
 
 def _part(batch: Batch, size: int | None) -> Batch:

@@ -163,13 +163,9 @@ class SmoaModelManager(MovingManager):
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
 
     @property
-    def steps(self) -> int:
-        """Engine steps so far."""
-        return self._traffic.steps
-
-    def tokens(self) -> dict[int, int]:
-        """lora_int_id -> tokens that went through the model; 0 = the base."""
-        return self._traffic.tokens()
+    def traffic(self) -> Traffic:
+        """What ran."""
+        return self._traffic
 
     def touch_active(self, lora_ids: set[int]) -> None:
         """Mark adapters as just used, so that making room for others of the same step takes none of them."""

@@ -13,6 +13,7 @@ class Traffic:
     def __init__(self) -> None:
         self.steps = 0
         self._total: Counter[int] = Counter()
+        self._alone: Counter[int] = Counter()
         self._map: tuple[int, ...] = ()
         self._times = 0
 
@@ -31,7 +32,15 @@ class Traffic:
         self._settle()
         return dict(self._total)
 
+    def alone(self) -> dict[int, int]:
+        """lora_int_id -> tokens so far in steps that had no others."""
+        self._settle()
+        return dict(self._alone)
+
     def _settle(self) -> None:
-        for lora_id, count in Counter(self._map).items():
+        counts = Counter(self._map)
+        for lora_id, count in counts.items():
             self._total[lora_id] += count * self._times
+        if len(counts) == 1:
+            self._alone.update({lora_id: count * self._times for lora_id, count in counts.items()})
         self._times = 0

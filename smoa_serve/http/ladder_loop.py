@@ -15,6 +15,7 @@ from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
 from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
 from smoa_serve.http.moves import MAX_LOST
 from smoa_serve.http.revisions import Revision
+from smoa_serve.merge_policy import MergePolicy
 from smoa_serve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class LadderLoop:
 
     def __init__(self, engine: Any, ladder: Ladder, settings: Settings) -> None:
         self._engine, self._ladder, self._settings = engine, ladder, settings
-        self.rates = Rates()
+        self.rates, self._alone = Rates(), Rates()
         self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
         self._policy: Policy | None = None
         self._refused: set[str] = set()
@@ -50,8 +51,12 @@ class LadderLoop:
         """What the settings of this server let the policy do."""
         mib = self._settings.ladder_mib
         if mib is None:
-            mib = CPU_MIB if self._engine.vllm_config.device_config.device_type == "cpu" else 0
+            mib = CPU_MIB if self._on_cpu else 0
         return PolicySettings(self._settings.auto_merge, self._settings.auto_resident, mib << 20)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return bool(self._engine.vllm_config.device_config.device_type == "cpu")
 
     async def run(self, state: Any) -> None:
         """Until the server ends.
@@ -83,8 +88,9 @@ class LadderLoop:
         if status.get("cost") is None or status.get("refusal"):
             return
         ran = self.rates.observe(status["steps"], status["tokens"])
+        self._alone.observe(status["steps"], status["alone"])
         loads = [
-            _load(revision, statuses, self.rates)
+            _load(revision, statuses, self.rates, self._alone)
             for revision in revisions.values()
             if revision.staged.kind is not AdapterKind.LORA
         ]
@@ -92,7 +98,9 @@ class LadderLoop:
         if not ran:
             return
         if self._policy is None:
-            self._policy = Policy(self.allowed, CostModel(**status["cost"]))
+            exclusive = self._settings.merge_policy is MergePolicy.EXCLUSIVE
+            apart = self._on_cpu and (exclusive or status["one_pass"])
+            self._policy = Policy(self.allowed, CostModel(**status["cost"]), apart=apart)
         kept = self._ladder.pinned | {name for name, one in revisions.items() if one.engine_name in self._refused}
         movable = [load for load in loads if load.name not in kept]
         for decision in self._policy.decide(movable, self.rates.all):
@@ -126,7 +134,7 @@ class LadderLoop:
         self.decisions.appendleft({"time": now, **vars(decision), "result": came})
 
 
-def _load(revision: Revision, statuses: list[dict[str, Any]], rates: Rates) -> Load:
+def _load(revision: Revision, statuses: list[dict[str, Any]], rates: Rates, alone: Rates) -> Load:
     number = str(revision.lora_int_id)
     blocks = sum(status["block_bytes"].get(number, 0) for status in statuses)
     weights = sum(status["weight_bytes"] for status in statuses)
@@ -134,6 +142,7 @@ def _load(revision: Revision, statuses: list[dict[str, Any]], rates: Rates) -> L
         name=revision.name,
         step=step_of(statuses, revision.lora_int_id),
         tokens=rates.tokens.get(number, 0.0),
+        alone=alone.tokens.get(number, 0.0),
         rank=revision.staged.max_rank,
         num_blocks=revision.staged.num_blocks,
         resident_bytes=blocks,

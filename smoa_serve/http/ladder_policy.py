@@ -10,8 +10,8 @@ from smoa_kernels.cost import CostModel
 Action = Literal["merge", "unmerge", "resident", "slot"]
 # Weight of the newest interval in a token rate.
 NEWEST = 0.5
-# A step costs its tokens and, however few they are, the reading of the weights: about so many tokens' worth.
-READING = 4.0
+# Where merging costs nobody anything, it ends when it saves less than this share of what it is begun for.
+KEPT = 0.25
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Load:
     Attributes:
         name: of the adapter.
         step: where it resides.
-        tokens: of it in a step, on average.
+        tokens: of it in a step, on average; alone: of these, those in steps without others.
         rank: widest branch; num_blocks: K.
         resident_bytes, merged_bytes: what each step of the ladder takes or would take.
     """
@@ -48,6 +48,7 @@ class Load:
     name: str
     step: str
     tokens: float
+    alone: float
     rank: int
     num_blocks: int
     resident_bytes: int
@@ -98,10 +99,12 @@ class Policy:
     Args:
         settings: what it may do.
         cost: the kernels' cost model on this server.
+        apart: steps with tokens of others run on the original weights, which costs nothing: merging then saves time in
+            all other steps, and takes none from anybody.
     """
 
-    def __init__(self, settings: PolicySettings, cost: CostModel) -> None:
-        self.settings, self._cost = settings, cost
+    def __init__(self, settings: PolicySettings, cost: CostModel, *, apart: bool) -> None:
+        self.settings, self._cost, self._apart = settings, cost, apart
         self._wishes: Counter[tuple[str, Action]] = Counter()
 
     def decide(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
@@ -124,11 +127,14 @@ class Policy:
 
     def _down(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
         found = []
+        best = max((self.merge_gain(load, all_tokens) for load in loads), default=0.0)
+        # Merged is one at a time: it makes room for another that would save clearly more.
+        least = max(KEPT * self.settings.gain, best - self.settings.gain) if self._apart else 0.0
         for load in loads:
-            if load.step == "merged" and (saved := self.merge_gain(load, all_tokens)) < 0:
-                found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged costs")))
+            if load.step == "merged" and (saved := self.merge_gain(load, all_tokens)) < least:
+                found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged saves")))
             elif load.step == "resident" and (saved := self.resident_gain(load, all_tokens)) <= 0:
-                found.append(Decision(load.name, "slot", _says(load, all_tokens, saved, "resident costs")))
+                found.append(Decision(load.name, "slot", _says(load, all_tokens, saved, "resident saves")))
         return found
 
     def _up(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
@@ -161,16 +167,23 @@ class Policy:
         """Share of a step's cost that the adapter saves by being resident instead of in its slot."""
         if load.tokens == 0:
             return 0.0
-        return (self._slot_rows(load) - self._resident_rows(load)) / load.num_blocks / (all_tokens + READING)
+        return self._share(self._slot_rows(load) - self._resident_rows(load), load, all_tokens)
 
     def merge_gain(self, load: Load, all_tokens: float) -> float:
         """Share of a step's cost that merging saves against the best other step: the adapter's own delta costs nothing,
-        and every other token takes the difference back."""
+        and every other token takes the difference back, unless such steps run on the original weights."""
         own = min(self._slot_rows(load), self._resident_rows(load)) if load.tokens else 0.0
+        if self._apart:
+            return self._share(own * load.alone / load.tokens if load.tokens else 0.0, load, all_tokens)
         others = all_tokens - load.tokens
         # Steps without others pay nothing; a part of a token means a part of the steps.
         back = others + min(others, 1.0) * self._cost.resident
-        return (own - back) / load.num_blocks / (all_tokens + READING)
+        return self._share(own - back, load, all_tokens)
+
+    def _share(self, rows: float, load: Load, all_tokens: float) -> float:
+        """Of a step's cost: rows through the blocks against rows through the whole weight, and its reading, which takes
+        as long as so many rows as the reading of blocks takes of rows through them."""
+        return rows / load.num_blocks / (all_tokens + self._cost.resident)
 
     def _slot_rows(self, load: Load) -> float:
         formed = load.tokens + self._cost.form + self._cost.form_per_rank * load.rank
@@ -186,4 +199,4 @@ def _held(load: Load) -> int:
 
 def _says(load: Load, all_tokens: float, saved: float, what: str) -> str:
     share = load.tokens / all_tokens if all_tokens else 0.0
-    return f"{share:.0%} of {all_tokens:.1f} tokens a step: {what} {abs(saved):.1%} of a step"
+    return f"{share:.0%} of {all_tokens:.1f} tokens a step: {what} {saved:.1%} of a step"

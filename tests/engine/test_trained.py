@@ -53,7 +53,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
             "output": str(folder / name),
             "adapter": settings | {"dropout": 0.0, "target_modules": "all-linear"},
             "data": {"train": str(data)},
-            "training": {"max_steps": 60, "learning_rate": 0.03 if "lora" not in name else 0.01, "log_every": 20},
+            "training": {"max_steps": 100, "learning_rate": 0.03 if "lora" not in name else 0.01, "log_every": 20},
         }
         report = train(TrainConfig.model_validate(content), Console(quiet=True))
         assert report["loss"]["last"] < 0.5 * report["loss"]["first"]

@@ -7,14 +7,18 @@ from smoa_kernels.cost import CostModel
 
 from smoa_serve.http.ladder_policy import Load, Policy, PolicySettings, Rates
 
-COST = CostModel(form=5.0, form_per_rank=1.0, resident=1.0)
+COST = CostModel(form=5.0, form_per_rank=1.0, resident=4.0)
 ALLOWED = PolicySettings(merge=True, resident=True, budget_bytes=1000)
 
 
-def load(name: str = "a", step: str = "slot", tokens: float = 8.0, **facts: int) -> Load:
+def load(name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, **facts: int) -> Load:
     return Load(
-        name, step, tokens, **({"rank": 4, "num_blocks": 4, "resident_bytes": 100, "merged_bytes": 500} | facts)
+        name, step, tokens, alone, **({"rank": 4, "num_blocks": 4, "resident_bytes": 100, "merged_bytes": 500} | facts)
     )
+
+
+def policy_of(settings: PolicySettings = ALLOWED, *, apart: bool = False) -> Policy:
+    return Policy(settings, COST, apart=apart)
 
 
 def moves(policy: Policy, loads: list[Load], all_tokens: float, intervals: int = 1) -> list[tuple[str, str]]:
@@ -24,22 +28,22 @@ def moves(policy: Policy, loads: list[Load], all_tokens: float, intervals: int =
 
 
 def test_an_adapter_with_nearly_all_tokens_is_merged() -> None:
-    assert moves(Policy(ALLOWED, COST), [load(tokens=15), load("b", tokens=0.5)], 16, 2) == [("a", "merge")]
+    assert moves(policy_of(), [load(tokens=15), load("b", tokens=0.5)], 16, 2) == [("a", "merge")]
 
 
 def test_an_adapter_with_a_fifth_of_the_tokens_becomes_resident() -> None:
-    assert moves(Policy(ALLOWED, COST), [load(tokens=4), load("b", tokens=0.2)], 20, 2) == [("a", "resident")]
+    assert moves(policy_of(), [load(tokens=4), load("b", tokens=0.2)], 20, 2) == [("a", "resident")]
 
 
 def test_merging_is_off_unless_allowed() -> None:
-    policy = Policy(dataclasses.replace(ALLOWED, merge=False), COST)
+    policy = policy_of(dataclasses.replace(ALLOWED, merge=False))
     assert moves(policy, [load(tokens=16)], 16, 2) == [("a", "resident")]
-    policy = Policy(dataclasses.replace(ALLOWED, merge=False, resident=False), COST)
+    policy = policy_of(dataclasses.replace(ALLOWED, merge=False, resident=False))
     assert moves(policy, [load(tokens=16)], 16, 2) == []
 
 
 def test_a_wish_has_to_stand() -> None:
-    policy = Policy(ALLOWED, COST)
+    policy = policy_of()
     hot, cold = [load(tokens=15)], [load(tokens=0.1)]
     assert moves(policy, hot, 16) == []
     assert moves(policy, cold, 16) == []
@@ -48,7 +52,7 @@ def test_a_wish_has_to_stand() -> None:
 
 
 def test_what_no_longer_pays_goes_down_after_a_while() -> None:
-    policy = Policy(ALLOWED, COST)
+    policy = policy_of()
     loads = [load(step="merged", tokens=1), load("b", "resident", tokens=0)]
     assert moves(policy, loads, 16, 2) == []
     assert moves(policy, loads, 16) == [("a", "unmerge"), ("b", "slot")]
@@ -56,31 +60,48 @@ def test_what_no_longer_pays_goes_down_after_a_while() -> None:
 
 def test_between_up_and_down_nothing_moves() -> None:
     """A gain that is too small to move for is too large to move back for."""
-    policy = Policy(ALLOWED, COST)
+    policy = policy_of()
     tokens = 13.2
     gain = policy.merge_gain(load(tokens=tokens), 24)
     assert 0 <= gain < ALLOWED.gain
     for step in ("slot", "merged"):
-        assert ("a", "merge") not in moves(Policy(ALLOWED, COST), [load(step=step, tokens=tokens)], 24, 5)
-        assert ("a", "unmerge") not in moves(Policy(ALLOWED, COST), [load(step=step, tokens=tokens)], 24, 5)
+        assert ("a", "merge") not in moves(policy_of(), [load(step=step, tokens=tokens)], 24, 5)
+        assert ("a", "unmerge") not in moves(policy_of(), [load(step=step, tokens=tokens)], 24, 5)
 
 
 def test_one_adapter_is_merged_at_a_time() -> None:
-    policy = Policy(ALLOWED, COST)
+    policy = policy_of()
     assert moves(policy, [load(tokens=15), load("b", "merged", tokens=1)], 16, 2) == [("a", "resident")]
     assert moves(policy, [load(tokens=15), load("b", "merged", tokens=1)], 16) == [("b", "unmerge")]
 
 
+def test_where_others_never_pay_what_counts_are_the_steps_without_others() -> None:
+    """Half the tokens, most of them in steps of the adapter's own: merging saves there and costs nowhere."""
+    few, many = load(tokens=8, alone=0.1), load(tokens=8, alone=7)
+    assert policy_of().merge_gain(many, 16) <= 0
+    assert policy_of(apart=True).merge_gain(few, 16) < ALLOWED.gain
+    allowed = dataclasses.replace(ALLOWED, resident=False)
+    assert moves(policy_of(allowed, apart=True), [few], 16, 2) == []
+    assert moves(policy_of(allowed, apart=True), [many], 16, 2) == [("a", "merge")]
+
+
+def test_where_others_never_pay_merged_stays_while_it_saves_anything_worth_it() -> None:
+    quiet, busy = load(step="merged", tokens=8, alone=0.01), load(step="merged", tokens=8, alone=2)
+    assert moves(policy_of(apart=True), [busy], 16, 5) == []
+    assert moves(policy_of(apart=True), [quiet], 16, 3) == [("a", "unmerge")]
+    assert moves(policy_of(apart=True), [busy, load("b", tokens=8, alone=7.5)], 16, 3) == [("a", "unmerge")]
+
+
 def test_the_budget_holds() -> None:
-    policy = Policy(dataclasses.replace(ALLOWED, merge=False, budget_bytes=250), COST)
+    policy = policy_of(dataclasses.replace(ALLOWED, merge=False, budget_bytes=250))
     loads = [load("a", tokens=9), load("b", tokens=8), load("c", tokens=7), load("d", "resident", tokens=6)]
     assert moves(policy, loads, 30, 2) == [("a", "resident")]
-    policy = Policy(dataclasses.replace(ALLOWED, budget_bytes=499), COST)
+    policy = policy_of(dataclasses.replace(ALLOWED, budget_bytes=499))
     assert moves(policy, [load(tokens=16)], 16, 2) == [("a", "resident")]
 
 
 def test_a_decision_says_why() -> None:
-    policy = Policy(ALLOWED, COST)
+    policy = policy_of()
     policy.decide([load(tokens=15)], 16)
     (decision,) = policy.decide([load(tokens=15)], 16)
     assert decision.reason.startswith("94% of 16.0 tokens a step: merged saves ")
