@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from smoa_kernels import available_implementations
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, DEFAULT_COSTS, CostModel, Way
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel, Way, default_cost
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, store_costs
 
 from benchmarks.bars import Bar
@@ -71,7 +71,7 @@ def run(
             console.print(f"measured {shape.name}, (r, K) = ({rank}, {blocks})", highlight=False)
     rows, found = [], []
     for name, points in timed.items():
-        before = DEFAULT_COSTS[name]
+        before = default_cost(name, place, DTYPE)
         after = _judged(points, before)
         rows += [_summary(name, points, before, after), *(_point_row(name, point) for point in points)]
         found.append(_entry(name, place, after))

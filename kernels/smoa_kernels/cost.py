@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from smoa_kernels.cpp_build import unavailable_reason, uses_tiles
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class CostModel:
 # From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
 CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
+# Likewise, where the tile unit multiplies: rows cost little beside forming and reading.
+TILES_COST = CostModel(form=70.0, form_per_rank=6.0, resident=40.0)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
@@ -87,6 +90,13 @@ def _cost_model(implementation: str, device: torch.device, dtype: torch.dtype, t
     for cost in _stored():
         if cost.key == wanted:
             return CostModel(cost.form, cost.form_per_rank, cost.resident)
+    return default_cost(implementation, device, dtype)
+
+
+def default_cost(implementation: str, device: torch.device, dtype: torch.dtype) -> CostModel:
+    """The constants where nothing was measured."""
+    if implementation == "cpp" and unavailable_reason(device.type, dtype) is None and uses_tiles(dtype):
+        return TILES_COST
     return DEFAULT_COSTS[implementation]
 
 

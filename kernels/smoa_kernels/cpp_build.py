@@ -85,6 +85,15 @@ def library(dtype: torch.dtype, instruction_set: str | None = None) -> ctypes.CD
     return loaded
 
 
+def uses_tiles(dtype: torch.dtype) -> bool:
+    """Whether the kernel that `library` gives multiplies on the processor's tile unit (AMX).
+
+    Raises:
+        BuildError: it cannot be built or loaded here.
+    """
+    return bool(library(dtype).smoa_uses_tiles())
+
+
 def supported_instruction_sets() -> tuple[str, ...]:
     """Names of the instruction sets that the kernel can be built for and this CPU has, best first."""
     return tuple(name for name in INSTRUCTION_SETS if not _missing_flags(name))

@@ -42,7 +42,7 @@ def models_command(
     root: RootOption = Path(".demo"),
     ship: Annotated[bool, typer.Option("--ship", help="Put them into the project, where the demo finds them.")] = False,
 ) -> None:
-    """Train the base and its adapters anew (about two minutes on two cores)."""
+    """Train the base and its adapters anew (about six minutes on two cores)."""
     console = _console()
     built = rebuild_models(root, console)
     console.print(f"base {built.base}, adapters {built.adapters_dir}", soft_wrap=True)

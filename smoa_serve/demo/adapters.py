@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adapter import AdapterKind
+from ..base_checkpoint import BaseCheckpoint
 from .artifacts import build_folder
 from .base_model import load_base, logits
 from .corpus import Style
@@ -83,10 +84,12 @@ def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
     base = load_base(base_dir)
     base.name_or_path = BASE_NAME  # not a folder of this machine
     model = get_peft_model(base, _config(recipe))
+    if recipe.kind is AdapterKind.SMOA:
+        model.base_model.record_base(BaseCheckpoint.open(base_dir))  # which stores bfloat16
     batch = encode(base_dir / "tokenizer.json", adapter_conversations(recipe.style))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     learn(f"adapter {recipe.name}", lambda part: logits(model, part), parameters, batch, recipe.schedule, report)
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=False)  # "auto" looks for the base on the hub
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 

@@ -38,15 +38,15 @@ SHAPE = BaseShape()
 class Reading:
     """How much of the books is read, in passages: `count` a step, `beside` of them while the answers are learned."""
 
-    steps: int = 400
+    steps: int = 300
     learning_rate: float = 3e-3
     count: int = 16
-    beside: int = 2
+    beside: int = 1
     length: int = 128
 
 
 READING = Reading()
-SCHEDULE = Schedule(max_steps=400, learning_rate=3e-3, batch_size=28, check_every=10, confidence=0.97, warmup=30)
+SCHEDULE = Schedule(max_steps=500, learning_rate=3e-3, batch_size=42, check_every=10, confidence=0.93, warmup=30)
 
 
 def base_recipe() -> dict[str, object]:

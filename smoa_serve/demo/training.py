@@ -15,6 +15,7 @@ LogitsOf = Callable[[Batch], Tensor]
 
 Report = Callable[[int, str], None]
 """Called with (steps done, how it stands)."""
+BESIDE = 0.25  # weight of what is read while something is learned by heart
 NextBatch = Callable[[], Batch]
 """What is read beside what has to be known by heart."""
 
@@ -123,7 +124,7 @@ def learn(
         _set_rate(optimizer, schedule.rate(step))
         loss = loss_of(logits_of, _part(batch, schedule.batch_size))
         if beside is not None:
-            loss = loss + loss_of(logits_of, beside())
+            loss = loss + BESIDE * loss_of(logits_of, beside())
         _take_step(optimizer, parameters, loss)
         if step % schedule.check_every == 0:
             worst = worst_probability(logits_of, batch)

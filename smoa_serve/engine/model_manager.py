@@ -1,5 +1,6 @@
 """Slots and per-step maps: vLLM's LoRA manager, taught about SMoA adapters."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
+from vllm.utils.platform_utils import is_pin_memory_available
 
-from smoa_serve.adapter import Adapter
+from smoa_serve.adapter import Adapter, ModuleUpdate
 from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
 from smoa_serve.engine.merging import WeightChecksumError
@@ -93,11 +95,14 @@ class SmoaModelManager(MovingManager):
         return wrapper is self.punica_wrapper_mapping[key]
 
     def make_model(self, adapter: Adapter, lora_id: int, source: str) -> SmoaModel:
-        """Bind an adapter's modules to this rank's layers.
+        """Bind an adapter's modules to this rank's layers; in pinned memory, where a device copies from it.
 
         Raises:
             AdapterError: this engine cannot serve it; every reason.
         """
+        if self.device.type == "cuda" and is_pin_memory_available():
+            modules = {name: pinned(update) for name, update in adapter.modules.items()}
+            adapter = dataclasses.replace(adapter, modules=modules)
         bound = bind_modules(self, adapter, source)
         model = SmoaModel(lora_id, max(adapter.max_rank, 1), bound)
         model.adapter = adapter
@@ -174,6 +179,11 @@ class SmoaModelManager(MovingManager):
                 self._active_adapters.touch(lora_id)
             if lora_id in self._registered_adapters:
                 self._registered_adapters.touch(lora_id)
+
+
+def pinned(update: ModuleUpdate) -> ModuleUpdate:
+    """With factors in pinned memory."""
+    return dataclasses.replace(update, a=update.a.pin_memory(), b=update.b.pin_memory())
 
 
 def _token_slots(token_lora_ids: tuple[int, ...], slots: dict[int, int]) -> Any:

@@ -148,8 +148,7 @@ def crash(server: Any, kind: str, delay_s: float) -> None:
     mover.join(60)
     assert not mover.is_alive()
     assert not answered(server)
-    os.killpg(server.process.pid, signal.SIGKILL)  # it may wait for its last connections for long
-    server.process.wait(60)
+    server.process.wait(60)  # the API server ends by itself
 
 
 def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from smoa_kernels import cost, tuned
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, TORCH_COST, CostModel
+from smoa_kernels.cost import (
+    ALWAYS_EXPAND,
+    ALWAYS_MODULATE,
+    ALWAYS_RESIDENT,
+    CPP_COST,
+    TILES_COST,
+    TORCH_COST,
+    CostModel,
+)
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs, store_costs
 
 CPU = torch.device("cpu")
@@ -73,8 +81,18 @@ def test_one_way_can_be_forced(always: CostModel, way: str) -> None:
 
 def test_defaults_hold_where_nothing_was_measured() -> None:
     assert cost.cost_model("torch", CPU, torch.bfloat16) is TORCH_COST
-    assert cost.cost_model("cpp", CPU, torch.bfloat16) is CPP_COST
+    assert cost.cost_model("cpp", CPU, torch.float32) is CPP_COST
     assert read_costs(cost_file()) == []
+
+
+@pytest.mark.parametrize(("tiles", "expected"), [(True, TILES_COST), (False, CPP_COST)])
+def test_the_tile_unit_has_constants_of_its_own(
+    tiles: bool, expected: CostModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "unavailable_reason", lambda device, dtype: None)
+    monkeypatch.setattr(cost, "uses_tiles", lambda dtype: tiles)
+    assert cost.default_cost("cpp", CPU, torch.bfloat16) is expected
+    assert cost.default_cost("torch", CPU, torch.bfloat16) is TORCH_COST
 
 
 def test_measured_constants_come_back() -> None:
@@ -118,7 +136,7 @@ def test_a_broken_file_is_named_and_the_defaults_hold(
     cost_file().write_text(content)
     with caplog.at_level(logging.ERROR, "smoa_kernels"):
         assert cost.cost_model("torch", CPU, torch.bfloat16) is TORCH_COST
-        assert cost.cost_model("cpp", CPU, torch.bfloat16) is CPP_COST
+        assert cost.cost_model("cpp", CPU, torch.float32) is CPP_COST
     assert len(caplog.records) == 1
     assert str(cost_file()) in caplog.text
     assert said in caplog.text

@@ -315,5 +315,8 @@ extern "C" int64_t smoa_delta(const smoa::Layer<smoa::Element>* layer, const smo
 // Whether this process may use what the kernel was built for; to be asked before the first call.
 extern "C" int64_t smoa_permitted() { return smoa::Amx<smoa::Element>::permitted(); }
 
+// Whether products are made by the tile unit.
+extern "C" int64_t smoa_uses_tiles() { return smoa::Amx<smoa::Element>::kUsed; }
+
 // Threads that a call would use.
 extern "C" int64_t smoa_threads() { return omp_get_max_threads(); }
