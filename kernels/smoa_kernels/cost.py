@@ -56,7 +56,7 @@ class CostModel:
 TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
 CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
 # Likewise, where the tile unit multiplies: rows cost little beside forming and reading.
-TILES_COST = CostModel(form=70.0, form_per_rank=6.0, resident=40.0)
+TILES_COST = CostModel(form=12.0, form_per_rank=9.0, resident=40.0)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
