@@ -1,6 +1,7 @@
 """One adapter folded into the base weights of a worker: staged in pieces between steps, switched in place."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from smoa_kernels.cost import CPP_COST
 
 from smoa_serve.engine.exchange import WeightExchange, blocks_of, exchange_of
 from smoa_serve.engine.layers import SmoaLinearMixin
@@ -59,7 +61,9 @@ class Merger:
         self._exchanges: dict[str, WeightExchange] = {}
         self._checksums: dict[str, bytes] = {}
         self._staged: _Staged | None = None
-        self.merged = self.active = self._one_pass = False
+        self.merged = self.active = False
+        self._free = self._one_pass = False
+        self._rank, self._cost = 0, CPP_COST
         self.policy = MergePolicy.COMPENSATE
 
     @property
@@ -130,9 +134,13 @@ class Merger:
             layer.smoa_bank.hold_merged(slot)
             staged.finished += 1
             yield
-        self._one_pass = all(
-            exchange.free and _whole(self.layers[name], slot) for name, exchange in self._exchanges.items()
-        )
+        touched = [self.layers[name] for name in self._exchanges]
+        self._free = all(exchange.free for exchange in self._exchanges.values())
+        self._one_pass = all(_whole(layer, slot) for layer in touched)
+        ranks = [entry.rank for layer in touched for entry in layer.smoa_bank.slots[slot] if entry is not None]
+        self._rank = max(ranks, default=0)
+        if touched:
+            self._cost = touched[0].smoa_bank.cost
         for name, layer in self.layers.items():
             if name not in self._exchanges:
                 layer.smoa_bank.hold_merged(slot)
@@ -165,13 +173,25 @@ class Merger:
         """
         if not self.merged:
             return False
-        present = set(token_lora_ids)
-        if present == {self.lora_id}:
+        present = Counter(token_lora_ids)
+        own = present.pop(self.lora_id, 0) if self.lora_id is not None else 0
+        if not present:
             return True
         if self.policy is MergePolicy.EXCLUSIVE:
             return False
-        # One pass over the original weights costs less than what all others take back from merged ones.
-        return not (self._one_pass and self.lora_id in present and present <= slots.keys())
+        if not self._free:
+            return True
+        # In rows through the blocks, as the kernels' cost model counts: the original weights need the adapter's own
+        # delta, the merged ones what all others take back. Where it is not one pass, the blocks are read once more.
+        apart = not (self._one_pass and present.keys() <= slots.keys())
+        original = self._delta_rows(own) + (self._cost.resident if own and apart else 0.0)
+        others = present.keys() & slots.keys()
+        merged = present.total() + self._cost.resident * (2 if others else 1)
+        return merged < original
+
+    def _delta_rows(self, tokens: int) -> float:
+        rank = self._rank
+        return min(tokens * rank, tokens + self._cost.form + self._cost.form_per_rank * rank) if tokens else 0.0
 
     @torch.inference_mode()
     def set_active(self, active: bool) -> None:
