@@ -46,6 +46,10 @@ class CompatibilityError(SmoaError):
     """The installed vLLM is not one this project knows, or a seam of it changed."""
 
 
+class MoveAbandonedError(SmoaError):
+    """An adapter was pinned while the automatic policy moved it."""
+
+
 class MoveRefusedError(AdapterError):
     """An adapter cannot be moved to that step of the ladder now."""
 

@@ -123,7 +123,7 @@ def test_shipping_replaces_what_is_there(copied: DemoModels, tmp_path: Path, mon
 
 
 def test_the_base_has_read_its_books(copied: DemoModels) -> None:
-    """A model that knows nothing loses ln(1024) = 6.9 nats a token, one that knows how often each occurs more than 5."""
+    """A model that knows nothing loses ln(1024) = 6.9 nats a token, one that knows their frequencies over 5."""
     import torch
 
     from smoa_serve.demo.base_model import load_base, logits

@@ -79,8 +79,13 @@ class Partition:
         return self.blocks[-1].col_end if self.blocks else 0
 
     @property
+    def block_numbers(self) -> int:
+        """Numbers in all blocks."""
+        return sum(block.rows * block.cols for block in self.blocks)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the weight blocks and the orders."""
+        """Bytes of the weight blocks and the orders, of the whole weight where it is kept."""
         return self.store.nbytes + sum(t.nbytes for t in (self.row_order, self.col_order, self.row_inverse))
 
 

@@ -39,6 +39,7 @@ class MovingManager(LRUCacheLoRAModelManager):
         self._content_version = 0
         self._resident: set[int] = set()
         self._broken: str | None = None
+        self._block_bytes: tuple[object, dict[int, int]] = (None, {})
 
     @cached_property
     def merger(self) -> Merger:
@@ -151,9 +152,15 @@ class MovingManager(LRUCacheLoRAModelManager):
 
     def block_bytes(self) -> dict[int, int]:
         """lora_int_id -> bytes of the blocks of W that an adapter in a slot uses: what blocks of its own would take."""
+        state = self._content_version, tuple(self.lora_index_to_id)
+        if state != self._block_bytes[0]:  # the policy asks every few seconds, and a step waits meanwhile
+            self._block_bytes = state, self._count_block_bytes()
+        return self._block_bytes[1]
+
+    def _count_block_bytes(self) -> dict[int, int]:
         return {
             lora_id: sum(
-                entry.partition.store.nbytes
+                entry.partition.block_numbers * layer.smoa_bank.dtype.itemsize
                 for layer in self.merger.layers.values()
                 for entry in layer.smoa_bank.slots[slot]
                 if entry is not None

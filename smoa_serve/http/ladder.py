@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from prometheus_client import Gauge
 
-from smoa_serve.errors import EngineGoneError, MoveRefusedError
+from smoa_serve.errors import EngineGoneError, MoveAbandonedError, MoveRefusedError
 from smoa_serve.http.revisions import Revision
 from smoa_serve.merge_loss import too_much_lost
 from smoa_serve.merge_policy import MergePolicy
@@ -56,19 +57,23 @@ class Ladder:
         self._lock = asyncio.Lock()
         self.pinned: set[str] = set()
 
-    async def merge(self, revision: Revision, policy: MergePolicy, max_lost: float) -> Move:
+    async def merge(
+        self, revision: Revision, policy: MergePolicy, max_lost: float, wanted: Callable[[], bool] = lambda: True
+    ) -> Move:
         """Fold an adapter into the base weights of all workers, between two steps.
 
         Args:
             revision: of the adapter.
             policy: for other requests.
             max_lost: largest share of a layer's update that rounding may remove.
+            wanted: asked while it is staged; once it is not, the adapter goes back to its slot.
 
         Raises:
+            MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it cannot be merged, or rounding would remove too much; the numbers.
         """
         async with self._lock:
-            begin, longest, reports = await self._stage(revision, "merged")
+            begin, longest, reports = await self._stage(revision, "merged", wanted)
             lost: dict[str, float] = {}
             for report in reports:
                 lost |= {name: max(share, lost.get(name, 0.0)) for name, share in report["lost"].items()}
@@ -82,16 +87,21 @@ class Ladder:
             longest = max(longest, monotonic() - start)
             return self._moved(revision, "merged", begin, longest, sum(one["bytes"] for one in held), worst)
 
-    async def make_resident(self, revision: Revision) -> Move:
+    async def make_resident(self, revision: Revision, wanted: Callable[[], bool] = lambda: True) -> Move:
         """Keep an adapter's blocks of dW beside the weights.
 
+        Args:
+            revision: of the adapter.
+            wanted: as for `merge`.
+
         Raises:
+            MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it is merged, or no SMoA or HiRA adapter.
         """
         async with self._lock:
             if await self.step(revision) == "merged":
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
-            begin, longest, _ = await self._stage(revision, "resident")
+            begin, longest, _ = await self._stage(revision, "resident", wanted)
             status = await self.call("smoa_status")
             size = sum(one["resident_bytes"].get(str(revision.lora_int_id), 0) for one in status)
             return self._moved(revision, "resident", begin, longest, size)
@@ -103,7 +113,9 @@ class Ladder:
             await self._demote(revision)
             return self._moved(revision, await self.step(revision), begin, monotonic() - begin, 0)
 
-    async def _stage(self, revision: Revision, target: str) -> tuple[float, float, list[dict[str, Any]]]:
+    async def _stage(
+        self, revision: Revision, target: str, wanted: Callable[[], bool]
+    ) -> tuple[float, float, list[dict[str, Any]]]:
         """Work between steps until all workers are ready: (when it began, longest call, their reports)."""
         await self._engine.add_lora(revision.request())  # back from eviction, if it was evicted
         begin, longest = monotonic(), 0.0
@@ -114,6 +126,9 @@ class Ladder:
             reasons = sorted({reason for report in reports for reason in report["refused"]})
             if reasons:
                 raise MoveRefusedError(revision.name, reasons)
+            if not wanted():
+                await self._demote(revision)
+                raise MoveAbandonedError(f"adapter {revision.name} was pinned while it moved; it is in its slot")
             if all(report["ready"] for report in reports):
                 return begin, longest, reports
             await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from typing import Any
 from smoa_kernels.cost import CostModel
 
 from smoa_serve.adapter import AdapterKind
-from smoa_serve.errors import MoveRefusedError
+from smoa_serve.errors import MoveAbandonedError, MoveRefusedError
 from smoa_serve.http.counting import served
 from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
 from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
@@ -117,15 +117,20 @@ class LadderLoop:
         self._shown = {load.name for load in loads}
 
     async def _act(self, decision: Decision, revision: Revision) -> None:
+        def wanted() -> bool:
+            return decision.name not in self._ladder.pinned
+
         try:
             match decision.action:
                 case "merge":
-                    move = await self._ladder.merge(revision, self._settings.merge_policy, MAX_LOST)
+                    move = await self._ladder.merge(revision, self._settings.merge_policy, MAX_LOST, wanted)
                 case "resident":
-                    move = await self._ladder.make_resident(revision)
+                    move = await self._ladder.make_resident(revision, wanted)
                 case "unmerge" | "slot":
                     move = await self._ladder.to_slot(revision)
             came = f"{move.step} after {move.seconds:.1f} s"
+        except MoveAbandonedError as error:
+            came = str(error)
         except MoveRefusedError as error:
             self._refused.add(revision.engine_name)  # the same content would be refused again
             came = f"refused: {error}"
