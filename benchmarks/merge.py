@@ -59,7 +59,7 @@ class Plan:
     cycles: int
 
 
-FULL = Plan(Load(16, 64, 32), 20, 3, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 5.0, 2)
+FULL = Plan(Load(16, 64, 32), 20, 2, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 5.0, 2)
 QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 4.0, 2)
 STREAM_TOKENS = 900  # of a stream whose stalls are measured: room for two merges
 # vLLM's workers poll for a second after their last step, and would take a core from the next server.

@@ -31,7 +31,7 @@ class Engine:
         return [{"bytes": 8, "residence": {"1": "slot"}}]
 
 
-REVISION: Any = SimpleNamespace(name="legal", lora_int_id=1, request=lambda: object())
+REVISION: Any = SimpleNamespace(name="legal", lora_int_id=1, request=object)
 
 
 def test_a_merge_is_staged_in_pieces_and_then_committed() -> None:
