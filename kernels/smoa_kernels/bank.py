@@ -1,29 +1,22 @@
 """The adapters of one (possibly packed) linear layer on one rank: slots of factors, and the blocks of W they use."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from smoa_kernels.aligned import AlignedBlocks
 from smoa_kernels.cost import cost_model
-from smoa_kernels.device_tables import MAX_BLOCKS, LayerTables
+from smoa_kernels.device_tables import LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
-from smoa_kernels.implementations import default_implementation, native_fp8, require_implementation
-from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
-from smoa_kernels.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
-from smoa_kernels.slots import SlotSlice
+from smoa_kernels.implementations import default_implementation, require_implementation
+from smoa_kernels.layout import BlockStore
+from smoa_kernels.partition import Partition
+from smoa_kernels.partition_source import PartitionSource, RowScale, WeightBlock
+from smoa_kernels.slots import MergedBlock, SlotSlice
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 
-# (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
-# With rows and cols covering everything in native order it may return the weight itself.
-WeightBlock = Callable[[int, Tensor, Tensor], Tensor]
-# (slice_index, rows int64 [m]) -> fp32 [m].
-RowScale = Callable[[int, Tensor], Tensor]
-FP8 = torch.float8_e4m3fn
 Value = TypeVar("Value")
 
 
@@ -52,7 +45,6 @@ class LayerBank:
         version: grows with every change of a slot.
         cost: chooses the way of each adapter's tokens.
         fp8: whether the blocks are kept in fp8.
-        whole: whether a partition of each slice is kept inside the whole weight.
         tables: what the GPU kernels read; None for the others.
 
     Raises:
@@ -85,18 +77,24 @@ class LayerBank:
         self.merged = False
         self.slots: list[tuple[SlotSlice | None, ...]] = [self._empty] * (self.num_slots + 1)
         self.version = 0
-        self._weight_block = weight_block
-        self._partitions = tuple(PartitionCache(retain_partitions) for _ in self.slices)
-        self._row_scale = row_scale
-        self.whole = whole and self.implementation == "cpp"
-        self.fp8 = row_scale is not None and self.implementation == "triton" and native_fp8(self.device)
+        self._source = PartitionSource(
+            num_slices=len(self.slices),
+            dtype=self.dtype,
+            device=self.device,
+            implementation=self.implementation,
+            weight_block=weight_block,
+            row_scale=row_scale,
+            retain=retain_partitions,
+            whole=whole,
+        )
+        self.fp8 = self._source.fp8
         self._memo: dict[Hashable, tuple[int, Any]] = {}
         self.tables = LayerTables(self.a, self.b) if self.implementation == "triton" else None
 
     @property
     def partition_bytes(self) -> int:
         """Bytes of the weight blocks and orders of all partitions held, those kept without a user included."""
-        return sum(cache.nbytes for cache in self._partitions)
+        return self._source.nbytes
 
     def set(self, slot: int, updates: Sequence[SliceUpdate | None]) -> None:
         """Puts an adapter's updates into a slot, replacing what was there. Either all of it happens or none.
@@ -150,7 +148,7 @@ class LayerBank:
             return self.a[index][0, :0], self.b[index][0, :0]
         return self.a[index][slot, : entry.rank], self.b[index][slot, : entry.rank]
 
-    def delta_block(self, index: int, slot: int, k: int) -> Tensor:
+    def _delta_block(self, index: int, slot: int, k: int) -> Tensor:
         """`W_k * (B_k A_k)` of a slot that has factors, scaling included: [m_k, n_k] fp32."""
         entry = self.slots[slot][index]
         assert entry is not None
@@ -171,7 +169,7 @@ class LayerBank:
         self._check_slot(slot)
         self.slots[slot] = tuple(
             entry if entry is None or entry.resident is not None or entry.idle
-            else replace(entry, resident=self._form(entry, partial(self._update, index, slot)))
+            else replace(entry, resident=self._resident(index, slot, entry.partition))
             for index, entry in enumerate(self.slots[slot])
         )  # fmt: skip
         self._changed()
@@ -195,11 +193,37 @@ class LayerBank:
         """Bytes of a slot's blocks of dW."""
         return sum(entry.resident.nbytes for entry in self.slots[slot] if entry is not None and entry.resident)
 
-    def hold_merged(self, slot: int) -> None:
-        """Prepares for the caller's base weight to hold `W' = W + dW` of a slot, in blocks of `merged_block`.
+    def merged_blocks(self, slot: int) -> Iterator[MergedBlock]:
+        """Every block of `W' = W + dW` of a slot, each formed when it is asked for.
+
+        Raises:
+            SlotError: no such slot.
+        """
+        self._check_slot(slot)
+        for index, entry in enumerate(self.slots[slot]):
+            if entry is None or entry.idle:
+                continue
+            partition = entry.partition
+            for k, block in enumerate(partition.blocks):
+                update, before = self._delta_block(index, slot, k), partition.store.block(k)
+                yield MergedBlock(
+                    index=index,
+                    rows=partition.row_order[block.row_start : block.row_end],
+                    cols=partition.col_order[block.col_start : block.col_end],
+                    update=update,
+                    before=before,
+                    after=(update + before).to(self.dtype),
+                )
+
+    def hold_merged(self, slot: int, back: Sequence[Sequence[Tensor]]) -> None:
+        """Prepares for the caller's base weight to hold `W' = W + dW` of a slot, in the blocks of `merged_blocks`.
 
         In a step whose plan says merged, the merged adapter's tokens then get nothing, and all others the difference
         back: the last element of `slots` holds blocks of `W - W'`. They do not depend on the slot any more.
+
+        Args:
+            slot: of the adapter.
+            back: per slice `MergedBlock.back` of each block.
 
         Raises:
             SlotError: no such slot, or another one is held.
@@ -208,10 +232,9 @@ class LayerBank:
         if self.merged:
             raise SlotError(f"an adapter is merged already; un-merge it before slot {slot} is merged.")
         self.slots[-1] = tuple(
-            None if entry is None or entry.idle
-            else SlotSlice(entry.partition, 0, self._form(entry, partial(self._restoring, index, slot)))
-            for index, entry in enumerate(self.slots[slot])
-        )  # fmt: skip
+            None if entry is None or entry.idle else SlotSlice(entry.partition, 0, self._source.keep(blocks))
+            for entry, blocks in zip(self.slots[slot], back, strict=True)
+        )
         self.merged = True
         self._changed()
 
@@ -225,23 +248,9 @@ class LayerBank:
         """Bytes of the blocks of `hold_merged`."""
         return self.resident_bytes(-1)
 
-    def merged_block(self, index: int, slot: int, k: int) -> Tensor:
-        """`W_k + dW_k` of a slot, added in fp32 and rounded once: [m_k, n_k] model dtype."""
-        entry = self.slots[slot][index]
-        assert entry is not None
-        return self.delta_block(index, slot, k).add_(entry.partition.store.block(k)).to(self.dtype)
-
-    def _update(self, index: int, slot: int, k: int) -> Tensor:
-        return self.delta_block(index, slot, k).to(self.dtype)
-
-    def _restoring(self, index: int, slot: int, k: int) -> Tensor:
-        # Exact wherever both lie within a factor of two (Sterbenz); elsewhere rounded once.
-        entry = self.slots[slot][index]
-        assert entry is not None
-        return entry.partition.store.block(k) - self.merged_block(index, slot, k)
-
-    def _form(self, entry: SlotSlice, block: Callable[[int], Tensor]) -> BlockStore:
-        return self._keep([block(k) for k in range(len(entry.partition.blocks))])
+    def _resident(self, index: int, slot: int, partition: Partition) -> BlockStore:
+        blocks = range(len(partition.blocks))
+        return self._source.keep([self._delta_block(index, slot, k).to(self.dtype) for k in blocks])
 
     def _changed(self) -> None:
         self.version += 1
@@ -258,59 +267,11 @@ class LayerBank:
         return value
 
     def _hold(self, index: int, update: SliceUpdate) -> SlotSlice:
-        digest = partition_digest(update.row_block, update.col_block)
-        partition = self._partitions[index].acquire(digest, lambda: self._build(index, digest, update))
-        return SlotSlice(partition, int(update.a.shape[0]))
-
-    def _build(self, index: int, digest: bytes, update: SliceUpdate) -> Partition:
-        row_order, col_order, blocks = sort_blocks(update.row_block, update.col_block)
-        if self.tables is not None and len(blocks) > MAX_BLOCKS:
-            reason = f"slice {index}: it has {len(blocks)} blocks; on a GPU at most {MAX_BLOCKS} are allowed."
-            raise ShapeError("the update", [reason])
-        row_order, col_order = row_order.to(self.device), col_order.to(self.device)
-        if self.whole and self.whole_partition(index) is None:
-            return Partition(
-                digest, row_order, col_order, blocks, self._keep_whole(index, row_order, col_order, blocks)
-            )
-        dtype = self.dtype if self._row_scale is None else FP8
-        weights, scales = [], []
-        for block in blocks:
-            rows, cols = row_order[block.row_start : block.row_end], col_order[block.col_start : block.col_end]
-            weight = self._weight_block(index, rows, cols)
-            if weight.shape != (block.rows, block.cols) or weight.dtype != dtype or weight.device != self.device:
-                found = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-                wanted = f"({block.rows}, {block.cols}) {dtype} on {self.device}"
-                raise ShapeError(f"weight_block of slice {index}", [f"it returned {found}, asked for was {wanted}."])
-            if self._row_scale is not None:
-                scales.append(self._row_scale(index, rows).float())
-            weights.append(weight)
-        if scales and not self.fp8:
-            weights = [(w.float() * s[:, None]).to(self.dtype) for w, s in zip(weights, scales, strict=True)]
-            scales = []
-        return Partition(digest, row_order, col_order, blocks, self._keep(weights, scales))
-
-    def _keep_whole(self, index: int, row_order: Tensor, col_order: Tensor, blocks: Sequence[Block]) -> BlockStore:
-        ends = [block.row_end for block in blocks]
-        bands = [
-            self._weight_block(index, row_order[start:end], col_order)
-            for start, end in zip([0, *ends], [*ends, len(row_order)], strict=True)
-        ]
-        inside = [band[:, block.col_start : block.col_end] for band, block in zip(bands, blocks, strict=False)]
-        return PackedBlocks(inside, bands)
+        return SlotSlice(self._source.acquire(index, update), int(update.a.shape[0]))
 
     def whole_partition(self, index: int) -> Partition | None:
         """The partition of a slice whose weight is whole."""
-        held = self._partitions[index].held
-        return next((p for p in held if isinstance(p.store, PackedBlocks) and p.store.whole), None)
-
-    def _keep(self, blocks: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> BlockStore:
-        match self.implementation:
-            case "triton":
-                return AlignedBlocks(blocks, self.dtype, scales)
-            case "cpp":
-                return PackedBlocks(blocks)
-            case _:
-                return PlainBlocks(blocks)
+        return self._source.whole(index)
 
     def _write(self, index: int, slot: int, update: SliceUpdate, partition: Partition) -> None:
         rank = int(update.a.shape[0])
@@ -320,9 +281,9 @@ class LayerBank:
         self.b[index][slot, :rank] = b.t().index_select(1, partition.row_order).to(self.dtype)
 
     def _release(self, entries: Sequence[SlotSlice | None]) -> None:
-        for cache, entry in zip(self._partitions, entries, strict=False):
+        for index, entry in enumerate(entries):
             if entry is not None:
-                cache.release(entry.partition)
+                self._source.release(index, entry.partition)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.slots import MergedBlock
 from smoa_kernels.update import SliceUpdate
 
 WORKLOADS = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -74,6 +75,13 @@ def random_update(
     a = torch.randn(rank, len(col_block), generator=generator) * live[:, col_block.long()]
     b = torch.randn(rank, len(row_block), generator=generator) * live[:, row_block.long()]
     return SliceUpdate(a, b.t().contiguous(), row_block, col_block, scaling)
+
+
+def merge_slot(bank: LayerBank, slot: int) -> list[MergedBlock]:
+    """Lets a bank hold a slot as merged; the blocks that the caller's weight then has to hold."""
+    blocks = list(bank.merged_blocks(slot))
+    bank.hold_merged(slot, [[b.back for b in blocks if b.index == index] for index in range(len(bank.slices))])
+    return blocks
 
 
 def dense_delta(update: SliceUpdate, weight: Tensor) -> Tensor:

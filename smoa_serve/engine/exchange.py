@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from smoa_kernels import LayerBank
+from smoa_kernels.slots import MergedBlock
 from torch import Tensor
 
 from smoa_serve.engine.weights import ServedWeight
@@ -26,8 +26,21 @@ class WeightExchange(ABC):
     free: bool = False
 
     @abstractmethod
-    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
-        """Prepares `W + dW` of a slot, in pieces of work of a few milliseconds; the served weight is only read."""
+    def begin(self) -> Iterator[None]:
+        """Prepares for `put`, in pieces of a few milliseconds. Until `switch` the served weight is only read."""
+
+    @abstractmethod
+    def put(self, rows: Tensor, block: MergedBlock) -> None:
+        """Takes a block of `W + dW`.
+
+        Args:
+            rows: [m] its rows in the whole layer, slices one below the other.
+            block: the rest of it.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Makes what was put ready to be switched to."""
 
     @abstractmethod
     def switch(self) -> None:
@@ -57,24 +70,29 @@ class HandlerExchange(WeightExchange):
 
     def __init__(self, layer: Any, handler: Any, weight: ServedWeight) -> None:
         self._layer, self._handler, self._weight = layer, handler, weight
+        self._merged: Tensor | None = None
         self._other: Any = None
 
-    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
+    def begin(self) -> Iterator[None]:
         """See the base class. Holds another weight of the layer's full size."""
+        yield from self._weight.recover()
+        self._merged = (
+            self._weight.whole().clone()
+        )  # an adapter that is read meanwhile takes its blocks from the original
+
+    def put(self, rows: Tensor, block: MergedBlock) -> None:
+        """See the base class."""
+        assert self._merged is not None
+        self._merged[rows[:, None], block.cols] = block.after
+
+    def finish(self) -> None:
+        """See the base class."""
         from vllm import _custom_ops as ops
 
-        yield from self._weight.recover()
-        merged = self._weight.whole().clone()  # an adapter that is read meanwhile takes its blocks from the original
-        yield
-        offset = 0
-        for index, h_out in enumerate(bank.slices):
-            for rows, cols, k in blocks_of(bank, index, slot):
-                merged[offset + rows[:, None], cols] = bank.merged_block(index, slot, k)
-                yield
-            offset += h_out
+        assert self._merged is not None
         self._weight.close()
-        self._other = ops.create_onednn_mm(merged.t(), 32)
-        self.nbytes = merged.nbytes
+        self._other = ops.create_onednn_mm(self._merged.t(), 32)
+        self.nbytes, self._merged = self._merged.nbytes, None
 
     def switch(self) -> None:
         """See the base class. The addresses are swapped, not copied: each object frees the one it holds in the end."""
@@ -85,7 +103,7 @@ class HandlerExchange(WeightExchange):
 
     def drop(self) -> None:
         """See the base class."""
-        self._other, self.nbytes = None, 0
+        self._merged, self._other, self.nbytes = None, None, 0
 
     def checksum(self) -> bytes:
         """Of the products with fixed vectors: a packed weight cannot be read, and this needs no copy of it."""
@@ -107,17 +125,17 @@ class PlainExchange(WeightExchange):
         self._blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._merged = False
 
-    def stage(self, bank: LayerBank, slot: int) -> Iterator[None]:
-        """See the base class. Holds the merged blocks and a copy of those they replace."""
-        blocks, offset = [], 0
-        for index, h_out in enumerate(bank.slices):
-            for rows, cols, k in blocks_of(bank, index, slot):
-                place = offset + rows
-                blocks.append((place, cols, self._served[place[:, None], cols], bank.merged_block(index, slot, k)))
-                yield
-            offset += h_out
-        self._blocks = blocks
-        self.nbytes = sum(old.nbytes + new.nbytes for *_, old, new in blocks)
+    def begin(self) -> Iterator[None]:
+        """See the base class."""
+        return iter(())
+
+    def put(self, rows: Tensor, block: MergedBlock) -> None:
+        """See the base class. Holds the block and a copy of the one it replaces."""
+        self._blocks.append((rows, block.cols, self._served[rows[:, None], block.cols], block.after))
+        self.nbytes += 2 * block.after.nbytes
+
+    def finish(self) -> None:
+        """See the base class."""
 
     def switch(self) -> None:
         """See the base class."""
@@ -133,20 +151,6 @@ class PlainExchange(WeightExchange):
     def checksum(self) -> bytes:
         """Of every bit of the weight."""
         return _digest(self._served)
-
-
-def blocks_of(bank: LayerBank, index: int, slot: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(native rows, native columns, k) of each block of a slot's update of one slice."""
-    entry = bank.slots[slot][index]
-    if entry is None or entry.idle:
-        return
-    partition = entry.partition
-    for k, block in enumerate(partition.blocks):
-        yield (
-            partition.row_order[block.row_start : block.row_end],
-            partition.col_order[block.col_start : block.col_end],
-            k,
-        )
 
 
 def exchange_of(layer: Any, weight: ServedWeight) -> WeightExchange | str:

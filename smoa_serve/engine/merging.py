@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import monotonic
 from typing import Any
 
 import torch
+from smoa_kernels import LayerBank
 from smoa_kernels.cost import CPP_COST
+from torch import Tensor
 
-from smoa_serve.engine.exchange import WeightExchange, blocks_of, exchange_of
+from smoa_serve.engine.exchange import WeightExchange, exchange_of
 from smoa_serve.engine.layers import SmoaLinearMixin
 from smoa_serve.errors import AdapterError, SmoaError
 from smoa_serve.merge_loss import Lost
@@ -62,9 +65,14 @@ class Merger:
         self._checksums: dict[str, bytes] = {}
         self._staged: _Staged | None = None
         self.merged = self.active = False
-        self._free = self._one_pass = False
-        self._rank, self._cost = 0, CPP_COST
+        self._one_pass, self._rank, self._cost = False, 0, CPP_COST
         self.policy = MergePolicy.COMPENSATE
+
+    @cached_property
+    def switches_freely(self) -> bool:
+        """Whether switching takes no time, so that no step is slower for anything being merged."""
+        exchanges = [exchange_of(layer.base_layer, layer.smoa_weight) for layer in self.layers.values()]
+        return all(isinstance(exchange, str) or exchange.free for exchange in exchanges)
 
     @property
     def lora_id(self) -> int | None:
@@ -127,15 +135,11 @@ class Merger:
             if name not in self._checksums:
                 self._checksums[name] = exchange.checksum()
                 yield
-            yield from exchange.stage(layer.smoa_bank, slot)
-            staged.lost[name] = Lost()
-            for _ in self._measure_loss(layer, slot, staged.lost[name]):
-                yield
-            layer.smoa_bank.hold_merged(slot)
+            lost = staged.lost[name] = Lost()
+            yield from self._stage_layer(exchange, layer.smoa_bank, slot, lost)
             staged.finished += 1
             yield
         touched = [self.layers[name] for name in self._exchanges]
-        self._free = all(exchange.free for exchange in self._exchanges.values())
         self._one_pass = all(_whole(layer, slot) for layer in touched)
         ranks = [entry.rank for layer in touched for entry in layer.smoa_bank.slots[slot] if entry is not None]
         self._rank = max(ranks, default=0)
@@ -143,18 +147,24 @@ class Merger:
             self._cost = touched[0].smoa_bank.cost
         for name, layer in self.layers.items():
             if name not in self._exchanges:
-                layer.smoa_bank.hold_merged(slot)
+                layer.smoa_bank.hold_merged(slot, [()] * len(layer.smoa_bank.slices))
 
-    def _measure_loss(self, layer: SmoaLinearMixin, slot: int, lost: Lost) -> Iterator[None]:
-        bank = layer.smoa_bank
-        for index in range(len(bank.slices)):
-            for _, _, k in blocks_of(bank, index, slot):
-                update = bank.delta_block(index, slot, k)
-                entry = bank.slots[slot][index]
-                assert entry is not None
-                kept = bank.merged_block(index, slot, k).float() - entry.partition.store.block(k).float()
-                lost.add(update, kept)
-                yield
+    @staticmethod
+    def _stage_layer(exchange: WeightExchange, bank: LayerBank, slot: int, lost: Lost) -> Iterator[None]:
+        """A block at a time: each is formed once, for the weight, for what rounding removes and for what others get."""
+        for _ in exchange.begin():
+            yield
+        yield
+        back: list[list[Tensor]] = [[] for _ in bank.slices]
+        offsets = [sum(bank.slices[:index]) for index in range(len(bank.slices))]
+        for block in bank.merged_blocks(slot):
+            exchange.put(offsets[block.index] + block.rows, block)
+            lost.add(block.update, block.after.float() - block.before.float())
+            back[block.index].append(block.back)
+            yield
+        exchange.finish()
+        yield
+        bank.hold_merged(slot, back)
 
     def commit(self, policy: MergePolicy) -> None:
         """The staged adapter counts as merged from the next step on."""
@@ -179,7 +189,7 @@ class Merger:
             return True
         if self.policy is MergePolicy.EXCLUSIVE:
             return False
-        if not self._free:
+        if not self.switches_freely:
             return True
         # In rows through the blocks, as the kernels' cost model counts: the original weights need the adapter's own
         # delta, the merged ones what all others take back. Where it is not one pass, the blocks are read once more.

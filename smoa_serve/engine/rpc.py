@@ -19,8 +19,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         residence: str(lora_int_id) -> "merged", "resident", "slot" or "host".
         resident_bytes: str(lora_int_id) -> bytes held for the first two.
         steps: engine steps so far; tokens: str(lora_int_id) -> tokens they took, "0" for the base.
-        alone: str(lora_int_id) -> tokens in steps that had no others.
-        one_pass: base product and deltas of a step may be one pass over the weights.
+        alone, alone_steps: str(lora_int_id) -> tokens in steps that had no others, and these steps.
+        switches_freely: steps may run on merged or original weights as suits them.
         cost: the kernels' cost model, None where no layer takes SMoA.
         block_bytes: str(lora_int_id) -> bytes of the blocks of W that an adapter in a slot uses.
         weight_bytes: of all weights of the layers that take SMoA; layers: how many there are.
@@ -44,7 +44,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         "steps": manager.traffic.steps,
         "tokens": {str(lora_id): count for lora_id, count in manager.traffic.tokens().items()},
         "alone": {str(lora_id): count for lora_id, count in manager.traffic.alone().items()},
-        "one_pass": any(layer.smoa_bank.whole for layer in smoa_layers),
+        "alone_steps": {str(lora_id): count for lora_id, count in manager.traffic.alone_steps().items()},
+        "switches_freely": manager.merger.switches_freely,
         "resident_bytes": {str(lora_id): size for lora_id, size in manager.resident_bytes().items()},
         "cost": dataclasses.asdict(smoa_layers[0].smoa_bank.cost) if smoa_layers else None,
         "block_bytes": {str(lora_id): size for lora_id, size in manager.block_bytes().items()},

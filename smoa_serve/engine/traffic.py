@@ -14,6 +14,7 @@ class Traffic:
         self.steps = 0
         self._total: Counter[int] = Counter()
         self._alone: Counter[int] = Counter()
+        self._alone_steps: Counter[int] = Counter()
         self._map: tuple[int, ...] = ()
         self._times = 0
 
@@ -37,10 +38,17 @@ class Traffic:
         self._settle()
         return dict(self._alone)
 
+    def alone_steps(self) -> dict[int, int]:
+        """lora_int_id -> steps so far that had no others."""
+        self._settle()
+        return dict(self._alone_steps)
+
     def _settle(self) -> None:
         counts = Counter(self._map)
         for lora_id, count in counts.items():
             self._total[lora_id] += count * self._times
         if len(counts) == 1:
-            self._alone.update({lora_id: count * self._times for lora_id, count in counts.items()})
+            ((lora_id, count),) = counts.items()
+            self._alone[lora_id] += count * self._times
+            self._alone_steps[lora_id] += self._times
         self._times = 0

@@ -15,7 +15,6 @@ from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
 from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
 from smoa_serve.http.moves import MAX_LOST
 from smoa_serve.http.revisions import Revision
-from smoa_serve.merge_policy import MergePolicy
 from smoa_serve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class LadderLoop:
 
     def __init__(self, engine: Any, ladder: Ladder, settings: Settings) -> None:
         self._engine, self._ladder, self._settings = engine, ladder, settings
-        self.rates, self._alone = Rates(), Rates()
+        self.rates, self._alone, self._alone_steps = Rates(), Rates(), Rates()
         self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
         self._policy: Policy | None = None
         self._refused: set[str] = set()
@@ -51,12 +50,8 @@ class LadderLoop:
         """What the settings of this server let the policy do."""
         mib = self._settings.ladder_mib
         if mib is None:
-            mib = CPU_MIB if self._on_cpu else 0
+            mib = CPU_MIB if self._engine.vllm_config.device_config.device_type == "cpu" else 0
         return PolicySettings(self._settings.auto_merge, self._settings.auto_resident, mib << 20)
-
-    @property
-    def _on_cpu(self) -> bool:
-        return bool(self._engine.vllm_config.device_config.device_type == "cpu")
 
     async def run(self, state: Any) -> None:
         """Until the server ends.
@@ -89,8 +84,9 @@ class LadderLoop:
             return
         ran = self.rates.observe(status["steps"], status["tokens"])
         self._alone.observe(status["steps"], status["alone"])
+        self._alone_steps.observe(status["steps"], status["alone_steps"])
         loads = [
-            _load(revision, statuses, self.rates, self._alone)
+            self._load(revision, statuses)
             for revision in revisions.values()
             if revision.staged.kind is not AdapterKind.LORA
         ]
@@ -98,13 +94,28 @@ class LadderLoop:
         if not ran:
             return
         if self._policy is None:
-            exclusive = self._settings.merge_policy is MergePolicy.EXCLUSIVE
-            apart = self._on_cpu and (exclusive or status["one_pass"])
-            self._policy = Policy(self.allowed, CostModel(**status["cost"]), apart=apart)
+            cost = CostModel(**status["cost"])
+            self._policy = Policy(self.allowed, cost, switches_freely=status["switches_freely"])
         kept = self._ladder.pinned | {name for name, one in revisions.items() if one.engine_name in self._refused}
         movable = [load for load in loads if load.name not in kept]
         for decision in self._policy.decide(movable, self.rates.all):
             await self._act(decision, revisions[decision.name])
+
+    def _load(self, revision: Revision, statuses: list[dict[str, Any]]) -> Load:
+        number = str(revision.lora_int_id)
+        blocks = sum(status["block_bytes"].get(number, 0) for status in statuses)
+        weights = sum(status["weight_bytes"] for status in statuses)
+        return Load(
+            name=revision.name,
+            step=step_of(statuses, revision.lora_int_id),
+            tokens=self.rates.tokens.get(number, 0.0),
+            alone=self._alone.tokens.get(number, 0.0),
+            alone_steps=self._alone_steps.tokens.get(number, 0.0),
+            rank=revision.staged.max_rank,
+            num_blocks=revision.staged.num_blocks,
+            resident_bytes=blocks,
+            merged_bytes=weights + blocks,
+        )
 
     def _show(self, loads: list[Load], statuses: list[dict[str, Any]], revisions: dict[str, Revision]) -> None:
         """Metrics of every adapter, and none of those that are gone."""
@@ -137,22 +148,6 @@ class LadderLoop:
         logger.info("Policy: %s %s (%s): %s", decision.action, decision.name, decision.reason, came)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.decisions.appendleft({"time": now, **vars(decision), "result": came})
-
-
-def _load(revision: Revision, statuses: list[dict[str, Any]], rates: Rates, alone: Rates) -> Load:
-    number = str(revision.lora_int_id)
-    blocks = sum(status["block_bytes"].get(number, 0) for status in statuses)
-    weights = sum(status["weight_bytes"] for status in statuses)
-    return Load(
-        name=revision.name,
-        step=step_of(statuses, revision.lora_int_id),
-        tokens=rates.tokens.get(number, 0.0),
-        alone=alone.tokens.get(number, 0.0),
-        rank=revision.staged.max_rank,
-        num_blocks=revision.staged.num_blocks,
-        resident_bytes=blocks,
-        merged_bytes=weights + blocks,
-    )
 
 
 def _held(name: str, revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> int:

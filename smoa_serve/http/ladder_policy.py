@@ -40,7 +40,8 @@ class Load:
     Attributes:
         name: of the adapter.
         step: where it resides.
-        tokens: of it in a step, on average; alone: of these, those in steps without others.
+        tokens: of it in a step, on average; alone: of these, those in steps without others; alone_steps: share of such
+            steps among all.
         rank: widest branch; num_blocks: K.
         resident_bytes, merged_bytes: what each step of the ladder takes or would take.
     """
@@ -49,6 +50,7 @@ class Load:
     step: str
     tokens: float
     alone: float
+    alone_steps: float
     rank: int
     num_blocks: int
     resident_bytes: int
@@ -99,12 +101,12 @@ class Policy:
     Args:
         settings: what it may do.
         cost: the kernels' cost model on this server.
-        apart: steps with tokens of others run on the original weights, which costs nothing: merging then saves time in
-            all other steps, and takes none from anybody.
+        switches_freely: every step runs on the weights that suit it: merging then saves time in steps without others,
+            and takes none from anybody.
     """
 
-    def __init__(self, settings: PolicySettings, cost: CostModel, *, apart: bool) -> None:
-        self.settings, self._cost, self._apart = settings, cost, apart
+    def __init__(self, settings: PolicySettings, cost: CostModel, *, switches_freely: bool) -> None:
+        self.settings, self._cost, self._switches_freely = settings, cost, switches_freely
         self._wishes: Counter[tuple[str, Action]] = Counter()
 
     def decide(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
@@ -129,7 +131,7 @@ class Policy:
         found = []
         best = max((self.merge_gain(load, all_tokens) for load in loads), default=0.0)
         # Merged is one at a time: it makes room for another that would save clearly more.
-        least = max(KEPT * self.settings.gain, best - self.settings.gain) if self._apart else 0.0
+        least = max(KEPT * self.settings.gain, best - self.settings.gain) if self._switches_freely else 0.0
         for load in loads:
             if load.step == "merged" and (saved := self.merge_gain(load, all_tokens)) < least:
                 found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged saves")))
@@ -167,14 +169,16 @@ class Policy:
         """Share of a step's cost that the adapter saves by being resident instead of in its slot."""
         if load.tokens == 0:
             return 0.0
-        return self._share(self._slot_rows(load) - self._resident_rows(load), load, all_tokens)
+        return self._share(self._slot_rows(load, load.tokens) - self._resident_rows(load.tokens), load, all_tokens)
 
     def merge_gain(self, load: Load, all_tokens: float) -> float:
         """Share of a step's cost that merging saves against the best other step: the adapter's own delta costs nothing,
         and every other token takes the difference back, unless such steps run on the original weights."""
-        own = min(self._slot_rows(load), self._resident_rows(load)) if load.tokens else 0.0
-        if self._apart:
-            return self._share(own * load.alone / load.tokens if load.tokens else 0.0, load, all_tokens)
+        if self._switches_freely:
+            tokens = load.alone / load.alone_steps if load.alone_steps else 0.0
+            own = min(self._slot_rows(load, tokens), self._resident_rows(tokens))
+            return self._share(own * load.alone_steps, load, all_tokens)
+        own = min(self._slot_rows(load, load.tokens), self._resident_rows(load.tokens))
         others = all_tokens - load.tokens
         # Steps without others pay nothing; a part of a token means a part of the steps.
         back = others + min(others, 1.0) * self._cost.resident
@@ -185,12 +189,11 @@ class Policy:
         as long as so many rows as the reading of blocks takes of rows through them."""
         return rows / load.num_blocks / (all_tokens + self._cost.resident)
 
-    def _slot_rows(self, load: Load) -> float:
-        formed = load.tokens + self._cost.form + self._cost.form_per_rank * load.rank
-        return min(load.tokens * load.rank, formed)
+    def _slot_rows(self, load: Load, tokens: float) -> float:
+        return min(tokens * load.rank, tokens + self._cost.form + self._cost.form_per_rank * load.rank)
 
-    def _resident_rows(self, load: Load) -> float:
-        return load.tokens + min(load.tokens, 1.0) * self._cost.resident
+    def _resident_rows(self, tokens: float) -> float:
+        return tokens + min(tokens, 1.0) * self._cost.resident
 
 
 def _held(load: Load) -> int:

@@ -155,7 +155,7 @@ def _forget_partitions(worker: Any) -> None:
     for layer in manager.merger.layers.values():
         for slot in range(manager.lora_slots):
             layer.reset_lora(slot)
-        for cache in layer.smoa_bank._partitions:
+        for cache in layer.smoa_bank._source._caches:
             for digest in [digest for digest, held in cache._held.items() if held.users == 0]:
                 del cache._held[digest]
     for lora_id in list(manager._active_adapters.cache):

@@ -11,14 +11,21 @@ COST = CostModel(form=5.0, form_per_rank=1.0, resident=4.0)
 ALLOWED = PolicySettings(merge=True, resident=True, budget_bytes=1000)
 
 
-def load(name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, **facts: int) -> Load:
+def load(
+    name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, alone_steps: float = 0.0, **facts: int
+) -> Load:
     return Load(
-        name, step, tokens, alone, **({"rank": 4, "num_blocks": 4, "resident_bytes": 100, "merged_bytes": 500} | facts)
+        name,
+        step,
+        tokens,
+        alone,
+        alone_steps,
+        **({"rank": 4, "num_blocks": 4, "resident_bytes": 100, "merged_bytes": 500} | facts),
     )
 
 
-def policy_of(settings: PolicySettings = ALLOWED, *, apart: bool = False) -> Policy:
-    return Policy(settings, COST, apart=apart)
+def policy_of(settings: PolicySettings = ALLOWED, *, freely: bool = False) -> Policy:
+    return Policy(settings, COST, switches_freely=freely)
 
 
 def moves(policy: Policy, loads: list[Load], all_tokens: float, intervals: int = 1) -> list[tuple[str, str]]:
@@ -77,19 +84,22 @@ def test_one_adapter_is_merged_at_a_time() -> None:
 
 def test_where_others_never_pay_what_counts_are_the_steps_without_others() -> None:
     """Half the tokens, most of them in steps of the adapter's own: merging saves there and costs nowhere."""
-    few, many = load(tokens=8, alone=0.1), load(tokens=8, alone=7)
+    few, many = load(tokens=8, alone=0.1, alone_steps=0.05), load(tokens=8, alone=7, alone_steps=0.5)
     assert policy_of().merge_gain(many, 16) <= 0
-    assert policy_of(apart=True).merge_gain(few, 16) < ALLOWED.gain
+    assert policy_of(freely=True).merge_gain(few, 16) < ALLOWED.gain
     allowed = dataclasses.replace(ALLOWED, resident=False)
-    assert moves(policy_of(allowed, apart=True), [few], 16, 2) == []
-    assert moves(policy_of(allowed, apart=True), [many], 16, 2) == [("a", "merge")]
+    assert moves(policy_of(allowed, freely=True), [few], 16, 2) == []
+    assert moves(policy_of(allowed, freely=True), [many], 16, 2) == [("a", "merge")]
 
 
 def test_where_others_never_pay_merged_stays_while_it_saves_anything_worth_it() -> None:
-    quiet, busy = load(step="merged", tokens=8, alone=0.01), load(step="merged", tokens=8, alone=2)
-    assert moves(policy_of(apart=True), [busy], 16, 5) == []
-    assert moves(policy_of(apart=True), [quiet], 16, 3) == [("a", "unmerge")]
-    assert moves(policy_of(apart=True), [busy, load("b", tokens=8, alone=7.5)], 16, 3) == [("a", "unmerge")]
+    quiet = load(step="merged", tokens=8, alone=0.01, alone_steps=0.01)
+    busy = load(step="merged", tokens=8, alone=2, alone_steps=0.2)
+    assert moves(policy_of(freely=True), [busy], 16, 5) == []
+    assert moves(policy_of(freely=True), [quiet], 16, 3) == [("a", "unmerge")]
+    assert moves(policy_of(freely=True), [busy, load("b", tokens=8, alone=7.5, alone_steps=0.5)], 16, 3) == [
+        ("a", "unmerge")
+    ]
 
 
 def test_the_budget_holds() -> None:

@@ -8,7 +8,16 @@ from smoa_kernels import LayerBank, ShapeError, StepPlan, smoa_delta, triton_ops
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, TRITON_COST, CostModel
 from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.single_pass import SortedLayer, smoa_linear
-from smoa_kernels.testing import WORKLOADS, Layer, assert_close, random_blocks, random_layer, random_update, workload
+from smoa_kernels.testing import (
+    WORKLOADS,
+    Layer,
+    assert_close,
+    merge_slot,
+    random_blocks,
+    random_layer,
+    random_update,
+    workload,
+)
 
 WAYS = {"expand": ALWAYS_EXPAND, "modulate": ALWAYS_MODULATE, "resident": ALWAYS_RESIDENT, "chosen": TRITON_COST}
 every_way = pytest.mark.parametrize("cost", WAYS.values(), ids=list(WAYS))
@@ -134,7 +143,7 @@ def test_a_token_alone(generator):
 @pytest.mark.parametrize("merged", [0, 1])
 def test_beside_a_merged_adapter(merged, generator):
     layer = made(40, (24, 9), {0: (2, 3), 1: (3,)}, torch.float32, generator)
-    layer.bank.hold_merged(merged)
+    merge_slot(layer.bank, merged)
     slots = [SLOTS, -1, 1 - merged, 1 - merged, 3, SLOTS]
     plan = planned(layer.bank, slots, TRITON_COST, merged=True)
     x, y = torch.randn(6, 40, generator=generator), torch.randn(6, 33, generator=generator)

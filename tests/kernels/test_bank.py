@@ -106,7 +106,7 @@ def test_a_failing_fetch_leaves_the_slot_as_it_was(layer, updates, generator):
     bank = layer.bank
     bank.set(1, updates)
     before, held = bank.a[0].clone(), bank.slots[1]
-    bank._weight_block = lambda index, rows, cols: torch.ones(1, 1)
+    bank._source._weight_block = lambda index, rows, cols: torch.ones(1, 1)
     other = random_update(random_blocks(6, 3, generator), random_blocks(12, 3, generator), (1, 1, 1), generator)
     with pytest.raises(ShapeError, match="weight_block of slice 1"):
         bank.set(1, [updates[0], other])

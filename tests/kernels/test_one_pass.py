@@ -9,7 +9,7 @@ from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan, available
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
 from smoa_kernels.cpp_build import supported_instruction_sets
 from smoa_kernels.cpp_ops import one_pass, smoa_delta_cpp, smoa_linear_cpp
-from smoa_kernels.testing import assert_close, dense_delta, random_blocks, random_update
+from smoa_kernels.testing import assert_close, dense_delta, merge_slot, random_blocks, random_update
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -127,7 +127,7 @@ def test_rows_may_be_apart_and_more_tokens_take_another_way(generator):
 )
 def test_steps_that_need_the_base_product_are_refused(slots, merged, generator):
     layer = filled(32, (32,), (2,), torch.float32, generator)
-    layer.bank.hold_merged(0)
+    merge_slot(layer.bank, 0)
     plan = StepPlan(MAX_TOKENS, SLOTS, "cpu")
     plan.update(slots, merged=merged)
     assert not one_pass(layer.bank, plan)

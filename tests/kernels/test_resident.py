@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, ShapeError, SlotError, StepPlan, available_implementations, smoa_delta
+from smoa_kernels import ShapeError, SlotError, StepPlan, available_implementations, smoa_delta
 from smoa_kernels.errors import PlanError
-from smoa_kernels.testing import Layer, assert_close, dense_delta, random_blocks, random_layer, random_update
+from smoa_kernels.testing import (
+    Layer,
+    assert_close,
+    dense_delta,
+    merge_slot,
+    random_blocks,
+    random_layer,
+    random_update,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(name, dtype) for dtype in DTYPES for name in available_implementations("cpu", dtype)]
@@ -110,15 +118,9 @@ def test_what_resident_slots_hold_is_counted_and_given_back(implementation, dtyp
 
 def merge(layer: Layer, slot: int, updates: list) -> torch.Tensor:
     """Merges a slot: the packed base weight with the update in it, as the caller keeps it."""
-    bank: LayerBank = layer.bank
-    bank.hold_merged(slot)
     weights = [weight.clone() for weight in layer.weights]
-    for index, entry in enumerate(bank.slots[slot]):
-        if entry is not None:
-            for k, block in enumerate(entry.partition.blocks):
-                rows = entry.partition.row_order[block.row_start : block.row_end]
-                cols = entry.partition.col_order[block.col_start : block.col_end]
-                weights[index][rows[:, None], cols] = bank.merged_block(index, slot, k)
+    for block in merge_slot(layer.bank, slot):
+        weights[block.index][block.rows[:, None], block.cols] = block.after
     merged = torch.cat(weights)
     assert_close(merged, torch.cat(layer.weights).float() + dense(layer, updates))
     return merged
@@ -173,7 +175,7 @@ def test_after_unmerging_nothing_is_taken_off(implementation, dtype, generator):
 @every_implementation
 def test_a_step_may_run_on_the_original_weight_while_merged_blocks_are_held(implementation, dtype, generator):
     layer, updates = made(implementation, dtype, generator)
-    layer.bank.hold_merged(0)
+    merge_slot(layer.bank, 0)
     x, before, y = run(layer, [0, -1], generator)
     assert_close(y[0], before[0].float() + x[0].float() @ dense(layer, updates[0]).T)
     assert torch.equal(y[1], before[1])
@@ -187,11 +189,11 @@ def test_a_merged_plan_needs_a_bank_that_holds_the_difference(generator):
 
 def test_one_adapter_is_merged_at_a_time(generator):
     layer, _ = made("torch", torch.float32, generator)
-    layer.bank.hold_merged(0)
+    merge_slot(layer.bank, 0)
     with pytest.raises(SlotError, match=r"an adapter is merged already; un-merge it before slot 1 is merged"):
-        layer.bank.hold_merged(1)
+        layer.bank.hold_merged(1, [])
     with pytest.raises(SlotError, match=r"slot 4"):
-        layer.bank.hold_merged(4)
+        layer.bank.hold_merged(4, [])
 
 
 def test_the_number_of_a_merged_adapter_is_a_slot_only_when_merged():

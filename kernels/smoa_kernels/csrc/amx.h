@@ -51,8 +51,9 @@ struct Amx<Bf16> {
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   }
 
-  // Of one thread in one call. Tiles 0 to 3 hold sums, 4 rows of the other operand, 5 pairs of columns; 6 and 7 are 4 and 5 for the columns that
-  // are left at the end of a block. A sweep has sums in 0 to 5, pairs of columns in 6, rows in 7. The configuration of before comes back: oneDNN keeps its own on the same threads.
+  // Of one thread in one call. Tiles 0 to 3 hold sums, 4 rows of the other operand, 5 pairs of columns; 6 and 7 are 4 and
+  // 5 for the columns that are left at the end of a block. A sweep has sums in 0 to 5, pairs of columns in 6, rows in 7.
+  // The configuration of before comes back: oneDNN keeps its own on the same threads.
   struct Session {
     Config before;
     int64_t rest = -1;

@@ -74,7 +74,6 @@ struct Tile {  // some panels of one block: the unit of parallel work
   const Block* block;
   const E* weights;
   int64_t first_panel, row_start, num_rows;  // rows of the block from here on
-  int64_t groups() const { return block->packed_cols / Scheme<E>::kGroup; }
 };
 
 enum class Way { kExpand, kModulate, kResident };
