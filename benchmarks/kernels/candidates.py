@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from smoa_kernels import StepPlan, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, CostModel, cost_model
-from smoa_kernels.cpp_ops import smoa_delta_cpp
+from smoa_kernels.cpp_ops import smoa_delta_cpp, smoa_linear_cpp
 from smoa_kernels.testing import TOLERANCES, assert_close
 from smoa_kernels.torch_ops import smoa_delta_torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from benchmarks.kernels.point import EXPAND, FORCED_WAYS, LOOP, MODULATE
 from benchmarks.kernels.timing import Call
 
 LARGEST_LOOP = 64
+LONGEST_PASS = 256  # tokens up to which one pass is measured on a CPU
 LONGEST_PLAIN_S = 1.0
 GATE_TOKENS = 4
 
@@ -90,6 +91,8 @@ class Step:
     def single_pass(self) -> Call | None:
         """Base and delta from one read of a sorted copy of the weight: the whole output; None where it cannot serve."""
         copies = self.layers.copies
+        if "cpp" in copies[0].banks:
+            return self._one_pass()
         if "triton" not in copies[0].banks:
             return None
         from smoa_kernels.single_pass import MAX_TOKENS, SortedLayer, smoa_linear
@@ -103,6 +106,12 @@ class Step:
             for copy, bank in zip(copies, banks, strict=True)
         ]
         return lambda i: smoa_linear(self.x, sorted_layers[i], banks[i], plan)
+
+    def _one_pass(self) -> Call | None:
+        if (self.slots < 0).any() or self.case.tokens > LONGEST_PASS:
+            return None
+        banks, plan = self.layers.whole_banks, self.plan()
+        return lambda i: smoa_linear_cpp(self.x, banks[i], plan)
 
     def loop(self, implementation: str) -> Call:
         """`smoa_delta` once per adapter."""

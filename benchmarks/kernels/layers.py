@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from smoa_kernels import LayerBank, SliceUpdate
@@ -47,6 +48,14 @@ class LayerSet:
     blocks: int
     updates: list[list[SliceUpdate]]
     copies: list[LayerCopy]
+
+    @cached_property
+    def whole_banks(self) -> list[LayerBank]:
+        """Of each copy one that keeps its blocks inside the whole weight: for one pass by the C++ kernel."""
+        slices = list(self.shape.slices)
+        return [
+            _bank(self.shape, torch.split(copy.weight, slices), self.updates, "cpp", whole=True) for copy in self.copies
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,18 +109,28 @@ def _copy(
     shape: LayerShape, weight: Tensor, updates: list[list[SliceUpdate]], implementations: Sequence[str]
 ) -> LayerCopy:
     parts = torch.split(weight, list(shape.slices))
-    max_rank = updates[0][0].a.shape[0]
-    banks = {}
-    for implementation in implementations:
-        banks[implementation] = bank = LayerBank(
-            a=[weight.new_zeros(len(updates), max_rank, shape.h_in) for _ in parts],
-            b=[weight.new_zeros(len(updates), max_rank, size) for size in shape.slices],
-            weight_block=lambda index, rows, cols: parts[index][rows][:, cols],
-            implementation=implementation,
-        )
-        for slot, update in enumerate(updates):
-            bank.set(slot, update)
+    banks = {name: _bank(shape, parts, updates, name) for name in implementations}
     return LayerCopy(weight, banks, _plain(shape, parts, updates))
+
+
+def _bank(
+    shape: LayerShape,
+    parts: Sequence[Tensor],
+    updates: list[list[SliceUpdate]],
+    implementation: str,
+    whole: bool = False,
+) -> LayerBank:
+    max_rank = updates[0][0].a.shape[0]
+    bank = LayerBank(
+        a=[part.new_zeros(len(updates), max_rank, shape.h_in) for part in parts],
+        b=[part.new_zeros(len(updates), max_rank, len(part)) for part in parts],
+        weight_block=lambda index, rows, cols: parts[index][rows][:, cols],
+        implementation=implementation,
+        whole=whole,
+    )
+    for slot, update in enumerate(updates):
+        bank.set(slot, update)
+    return bank
 
 
 def _plain(shape: LayerShape, parts: Sequence[Tensor], updates: list[list[SliceUpdate]]) -> list[PlainSlice]:

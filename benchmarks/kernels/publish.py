@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.kernels.cases import EQUAL
 from benchmarks.kernels.pictures import draw_ratios, draw_roofline
+from benchmarks.kernels.point import SINGLE_PASS
 from benchmarks.kernels.predictions import prediction_table
 from benchmarks.kernels.timing import MOST_WAITING
 from benchmarks.tables import ROOT, replace_section, setup_line, table
@@ -48,6 +49,11 @@ def section(rows: Sequence[Row]) -> str:
     parts = [setup_line(points[0]), ceilings_line(points)]
     equal = [row for row in points if row["workload"] == EQUAL]
     parts.append("The delta's time over the base GEMM's, layers H_in x H_out:\n\n" + summary_table(equal))
+    if any(SINGLE_PASS in row["over_base"] for row in equal):
+        words = (
+            "Base product and delta in one pass over the weight, over the base GEMM's time (1.00 = the delta is free):"
+        )
+        parts.append(f"{words}\n\n{summary_table(equal, SINGLE_PASS)}")
     for layer in dict.fromkeys(row["layer"] for row in equal):
         here = [row for row in equal if row["layer"] == layer]
         summary = f"<summary>{layer}: all {len(here)} points, microseconds</summary>"
@@ -77,14 +83,19 @@ def ceilings_line(rows: Sequence[Row]) -> str:
     )
 
 
-def summary_table(rows: Sequence[Row]) -> str:
-    """Ratio to the base GEMM: a line per layer and (r, K), a column per batch."""
+def summary_table(rows: Sequence[Row], candidate: str | None = None) -> str:
+    """Ratio to the base GEMM: a line per layer and (r, K), a column per batch.
+
+    Args:
+        rows: points.
+        candidate: of whom; None = the default implementation.
+    """
     found = {(row["layer"], row["rank"], row["blocks"], row["tokens"], row["adapters"]): row for row in rows}
     body = []
     for layer, rank, blocks in dict.fromkeys(key[:3] for key in found):
         line = [found.get((layer, rank, blocks, *batch)) for batch in BATCHES]
-        ratios = ["-" if row is None else f"{row['over_base'][row['implementations'][0]]:.2f}" for row in line]
-        body.append([layer, f"({rank}, {blocks})", *ratios])
+        ratios = [None if row is None else row["over_base"].get(candidate or row["implementations"][0]) for row in line]
+        body.append([layer, f"({rank}, {blocks})", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     heads = [f"{tokens:,} of {adapters}" if adapters > 1 else f"{tokens:,} of one" for tokens, adapters in BATCHES]
     return table(["layer", "(r, K)", *heads], body)
 
@@ -93,7 +104,7 @@ def layer_table(rows: Sequence[Row]) -> str:
     """Times in microseconds, share of the floor, and ratios to the base GEMM."""
     own = rows[0]["implementations"]
     head = ["(r, K)", "T, adapters", "base", *own, "spread", "floor / time", "floor / time of the base", "over base"]
-    head += ["plain expand", "plain modulate", "loop", "LoRA"]
+    head += ["one pass", "plain expand", "plain modulate", "loop", "LoRA"]
     body = []
     for row in rows:
         times, first = row["times_us"], times_of(row, own[0])
@@ -106,7 +117,7 @@ def layer_table(rows: Sequence[Row]) -> str:
                 f"{row['floor_over_time'].get(own[0], float('nan')):.2f}",
                 f"{row['floor_over_time']['base']:.2f}",
                 f"**{row['over_base'][own[0]]:.2f}**",
-                *(_us(times.get(name)) for name in ("bmm expand", "bmm modulate", "loop")),
+                *(_us(times.get(name)) for name in (SINGLE_PASS, "bmm expand", "bmm modulate", "loop")),
                 _lora(row),
             ]
         )

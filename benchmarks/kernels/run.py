@@ -93,7 +93,7 @@ class _Session:
         calls = {BASE: step.base(), **own, **others, **self._lora(step, factors, skipped)}
         single_pass = step.single_pass()
         if single_pass is not None:
-            gate_single_pass(step, single_pass, own["triton"])
+            gate_single_pass(step, single_pass, own[self._implementations[0]])
             calls[SINGLE_PASS] = single_pass
         times = measure(calls, len(layers.copies), layers.device, self._budget)
         if slow:

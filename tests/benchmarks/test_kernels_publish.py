@@ -68,7 +68,7 @@ def test_results_are_published_with_their_pictures(tmp_path: Path) -> None:
     assert "old" not in text
     assert "2 threads: 30 GB/s, 0.40 TFLOP/s" in text
     assert "| (16, 4) | 8, 8 | 100 | 25.0 | 90.0 | 12.5 to 37.5 |" in text
-    assert "| **0.25** | 80.0 | - | - | 70.0 |" in text
+    assert "| **0.25** | - | 80.0 | - | - | 70.0 |" in text
     assert "| 896x4864 | (16, 4) | 8, 8 | 20.0 | 4,000 | 200 |" in text
     assert "| fast enough | ≤ 0.60 | 0.70 | 0.60 to 0.80 | **no** |" in text
     assert "| dense | ≥ 20.00 | 30.00 | 25.00 to 40.00 | yes |" in text

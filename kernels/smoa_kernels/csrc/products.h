@@ -30,21 +30,24 @@ template <int P, int R, typename E, typename Row>
     for (int r = 0; r < R; ++r) sum[p][r] = zeros();
   const Row* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows + r * row_stride;
-  for (int64_t j = 0; j < groups; ++j) {
-    if (j % kFetchSteps == 0) ahead.fetch();
-    const auto part = [&](auto index) {
-      typename S::Operand weight[P];
+  for (int64_t first = 0; first < groups; first += kFetchSteps) {
+    ahead.fetch();
+    const int64_t end = std::min<int64_t>(first + kFetchSteps, groups);
+    for (int64_t j = first; j < end; ++j) {
+      const auto part = [&](auto index) {
+        typename S::Operand weight[P];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) weight[p] = S::template weight<index>(w + p * panel_stride + j * kStep);
+        for (int p = 0; p < P; ++p) weight[p] = S::template weight<index>(w + p * panel_stride + j * kStep);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const auto other = S::template broadcast_row<index>(row[r] + S::kGroup * j);
+        for (int r = 0; r < R; ++r) {
+          const auto other = S::template broadcast_row<index>(row[r] + S::kGroup * j);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sum[p][r] = S::multiply_add(sum[p][r], weight[p], other);
-      }
-    };
-    part(std::integral_constant<int, 0>{});
-    if constexpr (S::kParts == 2) part(std::integral_constant<int, 1>{});
+          for (int p = 0; p < P; ++p) sum[p][r] = S::multiply_add(sum[p][r], weight[p], other);
+        }
+      };
+      part(std::integral_constant<int, 0>{});
+      if constexpr (S::kParts == 2) part(std::integral_constant<int, 1>{});
+    }
   }
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)

@@ -167,6 +167,29 @@ inline void store_first(E* p, Floats v, int64_t n) {
   std::memcpy(p, whole, static_cast<size_t>(std::max<int64_t>(n, 0)) * sizeof(E));
 }
 
+inline __m256 gather(const float* from, __m256i index) { return _mm256_i32gather_ps(from, index, 4); }
+// Whole aligned words, each the element and a neighbour: a word that holds an element lies in its page.
+template <typename E>
+inline __m256 gather(const E* from, __m256i index) {
+  const int odd = (reinterpret_cast<uintptr_t>(from) & 2) != 0;
+  const __m256i at = _mm256_add_epi32(index, _mm256_set1_epi32(odd));
+  const __m256i words = _mm256_i32gather_epi32(reinterpret_cast<const int*>(from - odd), _mm256_srli_epi32(at, 1), 4);
+  const __m256i upper = _mm256_slli_epi32(_mm256_and_si256(at, _mm256_set1_epi32(1)), 4);
+  const __m256i bits = _mm256_and_si256(_mm256_srlv_epi32(words, upper), _mm256_set1_epi32(0xFFFF));
+  return widen(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)), E{});
+}
+// Beyond the first n it gathers the first one again: a value that nobody stores.
+template <typename E>
+inline Floats gather_first(const E* from, const int32_t* index, int64_t n) {
+  int32_t padded[kLanes];
+  if (n < kLanes) {
+    std::fill(padded, padded + kLanes, index[0]);
+    std::memcpy(padded, index, static_cast<size_t>(n) * sizeof(int32_t));
+    index = padded;
+  }
+  return {gather(from, load_bits(index)), gather(from, load_bits(index + 8))};
+}
+
 #endif
 
 inline float widen(float v) { return v; }
@@ -177,14 +200,5 @@ inline float widen(Bf16 v) {
   return f;
 }
 inline float widen(Fp16 v) { return _cvtsh_ss(v.bits); }
-
-#ifndef __AVX512F__
-template <typename E>
-inline Floats gather_first(const E* from, const int32_t* index, int64_t n) {
-  float whole[kLanes] = {};
-  for (int64_t i = 0; i < n && i < kLanes; ++i) whole[i] = widen(from[index[i]]);
-  return load(whole);
-}
-#endif
 
 }  // namespace smoa
