@@ -3,16 +3,14 @@
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import Bar, ratio_bar
+from benchmarks.bars import Bar, best_choice_bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server, figures, one_repeat, running, speeds
 from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
 from benchmarks.residence import Hot, Place, difference, scores
@@ -46,7 +44,7 @@ class Plan:
         rounds: repeats.
         traffics: with which traffic.
         lora: traffics in which vLLM's LoRA takes part.
-        run_in_s: traffic that the automatic policy sees before its repeat.
+        run_in_s: the longest that the automatic policy gets to settle before its repeat.
         cycles: merges and un-merges whose stalls are measured.
     """
 
@@ -59,11 +57,40 @@ class Plan:
     cycles: int
 
 
-FULL = Plan(Load(16, 64, 32), 20, 2, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 5.0, 2)
-QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 4.0, 2)
+FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4)
+QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2)
+LOOK_S = 2  # how often the policy looks
+# It moves an adapter up after two looks that speak for it, down after three: after four without a move it has settled.
+SETTLED_S = 4.5 * LOOK_S
 STREAM_TOKENS = 900  # of a stream whose stalls are measured: room for two merges
 # vLLM's workers poll for a second after their last step, and would take a core from the next server.
 POLLING_S = 1.1
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the automatic policy did before it was measured.
+
+    Attributes:
+        traffic: it met; it began with the hot adapter merged.
+        seconds: it got.
+        settled: it made no move for some looks in the end.
+        moves: it made, and what came of them.
+        hot: where the hot adapter was in the end.
+    """
+
+    traffic: str
+    seconds: float
+    settled: bool
+    moves: list[str]
+    hot: str
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        state = "settled" if self.settled else "NOT settled"
+        moves = "; ".join(self.moves) or "no moves"
+        return f"  {state} after {self.seconds:.0f} s, hot adapter {self.hot}: {moves}"
 
 
 def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
@@ -87,22 +114,21 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         rows = _parity(url, hot, console)
         stalls, bars = _stalls(url, hot, plan)
         rows += stalls
-        results = _measure(servers, hot, plan, console)
-        policy = httpx.get(f"{url}/v1/smoa/policy", timeout=60).raise_for_status().json()
+        results, settled = _measure(servers, hot, plan, console)
     console.print(_table(shape.name, plan, results))
     shared = {"load": asdict(plan.load), "requests_sent": plan.requests}
     rows += [
         {"kind": "merging", "traffic": traffic, "variant": variant, **shared, **figures(found)}
         for (traffic, variant), found in results.items()
     ]
-    rows.append({"kind": "policy", **policy})
+    rows += [{"kind": "policy", **asdict(one)} for one in settled]
     return [{"model": shape.name, **row} for row in rows], _bars(plan, results) + bars
 
 
 def _servers(base: Path) -> list[Server]:
     smoa = {f"smoa-{i}": random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
     lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
-    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": "0.5"}
+    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(LOOK_S)}
     return [Server(SMOA, True, smoa, (), automatic), Server(LORA, False, lora)]
 
 
@@ -141,12 +167,20 @@ def _stalls(url: str, hot: Hot, plan: Plan) -> tuple[list[dict[str, object]], li
     return rows, bars
 
 
-def _measure(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
+def _measure(
+    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console
+) -> tuple[Results, list[Settled]]:
     results: Results = {}
+    settled: list[Settled] = []
     for index in range(plan.rounds):
-        for key, found in _round(servers, hot, plan, index, console).items():
-            results.setdefault(key, []).append(found)
-    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}
+        for traffic, variant in _cases(plan) if index % 2 == 0 else reversed(_cases(plan)):
+            one = _one(servers, hot, plan, traffic, variant, index, settled)
+            results.setdefault((traffic.name, variant), []).append(one)
+            words = f"{traffic.name}: {variant}: {one.words}"
+            console.print(f"round {index + 1} of {plan.rounds}: {words}", highlight=False)
+            if variant == POLICY:
+                console.print(settled[-1].words, highlight=False)
+    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}, settled
 
 
 def _cases(plan: Plan) -> list[tuple[Traffic, str]]:
@@ -157,20 +191,14 @@ def _cases(plan: Plan) -> list[tuple[Traffic, str]]:
     ]
 
 
-def _round(
-    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, index: int, console: Console
-) -> dict[tuple[str, str], Repeat]:
-    """Every variant once, in turn or back."""
-    found = {}
-    for traffic, variant in _cases(plan) if index % 2 == 0 else reversed(_cases(plan)):
-        found[traffic.name, variant] = one = _one(servers, hot, plan, traffic, variant, index)
-        words = f"{traffic.name}: {variant}: {one.words}"
-        console.print(f"round {index + 1} of {plan.rounds}: {words}", highlight=False)
-    return found
-
-
 def _one(
-    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, traffic: Traffic, variant: str, index: int
+    servers: Mapping[str, ServerProcess],
+    hot: Hot,
+    plan: Plan,
+    traffic: Traffic,
+    variant: str,
+    index: int,
+    settled: list[Settled],
 ) -> Repeat:
     """One repeat of one variant; every variant of a round gets the same prompts in the same order."""
     name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
@@ -184,11 +212,8 @@ def _one(
     if variant == POLICY:
         hot.bring(Place.COMPENSATE)  # a merge under load takes longer than the repeat; un-merging takes no time
         with hot.left_to_the_policy():
-            begin = time.monotonic()
-            for seed in count(1000 * (index + 1)):
-                once(seed)
-                if time.monotonic() - begin > plan.run_in_s:
-                    return once(index + 1)
+            settled.append(_settle(hot, traffic, once, plan.run_in_s, 1000 * (index + 1)))
+            return once(index + 1)
     if variant == LORA:
         time.sleep(POLLING_S)
         found = once(index + 1)
@@ -196,6 +221,24 @@ def _one(
         return found
     hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
     return once(index + 1)
+
+
+def _settle(hot: Hot, traffic: Traffic, once: Callable[[int], object], limit_s: float, seed: int) -> Settled:
+    """Traffic until the policy has stopped moving adapters."""
+    known = {str(decision) for decision in hot.policy()["decisions"]}
+    moves: list[str] = []
+    begin = last = time.monotonic()
+    while True:
+        once(seed)
+        seed += 1
+        now, policy = time.monotonic(), hot.policy()
+        new = [one for one in reversed(policy["decisions"]) if str(one) not in known]
+        known |= {str(one) for one in new}
+        moves += [f"{one['action']} {one['name']}: {one['result']}" for one in new]
+        if new or policy["moving"]:
+            last = now
+        if now - last > SETTLED_S or now - begin > limit_s:
+            return Settled(traffic.name, now - begin, now - last > SETTLED_S, moves, hot.shown)
 
 
 def _bars(plan: Plan, results: Results) -> list[Bar]:
@@ -206,9 +249,8 @@ def _bars(plan: Plan, results: Results) -> list[Bar]:
         base = found[traffic.name, BASE_ONLY]
         bars.append(ratio_bar(name, found[traffic.name, place], base, at_least))
     for traffic in plan.traffics:
-        best = max(Place, key=lambda place: statistics.median(found[traffic.name, place]))
-        name = f"{traffic.name}, {POLICY} / best fixed choice ({best})"
-        bars.append(ratio_bar(name, found[traffic.name, POLICY], found[traffic.name, best], 0.97))
+        fixed = {str(place): found[traffic.name, place] for place in Place}
+        bars.append(best_choice_bar(f"{traffic.name}, {POLICY}", found[traffic.name, POLICY], fixed, 0.97))
     return bars
 
 

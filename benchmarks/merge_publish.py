@@ -15,6 +15,7 @@ def section(rows: Sequence[Row]) -> str:
     parts.append(model_table(measured, {"traffic": "traffic", "variant": "hot adapter"}))
     parts.append(stall_table([row for row in rows if row["kind"] == "stall"]))
     parts.append(parity_table([row for row in rows if row["kind"] == "parity"]))
+    parts.append(policy_table([row for row in rows if row["kind"] == "policy"]))
     parts.append(bar_table([row for row in rows if row["kind"] == "bar"]))
     return "\n\n".join(parts)
 
@@ -50,6 +51,18 @@ def parity_table(rows: Sequence[Row]) -> str:
         f"difference {checked['largest_logprob_difference']:.4f} nats, greedy tokens {agree}."
     )
     return f"{table(head, body)}\n\n{words}"
+
+
+def policy_table(rows: Sequence[Row]) -> str:
+    """What the automatic policy came to, in every round."""
+    head = ["traffic", "settled after", "hot adapter then", "moves a round"]
+    body = []
+    for traffic in dict.fromkeys(row["traffic"] for row in rows):
+        mine = [row for row in rows if row["traffic"] == traffic]
+        waited = ", ".join(f"{row['seconds']:.0f} s{'' if row['settled'] else ' (not)'}" for row in mine)
+        moves = ", ".join(str(len(row["moves"])) for row in mine)
+        body.append([traffic, waited, ", ".join(row["hot"] for row in mine), moves])
+    return table(head, body)
 
 
 def _spread(values: Sequence[float]) -> str:

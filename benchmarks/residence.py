@@ -81,6 +81,13 @@ class Hot:
         self.place = place
         return report
 
+    def policy(self) -> dict[str, Any]:
+        """What the automatic policy says of itself."""
+        found: dict[str, Any] = (
+            httpx.get(f"{self._client.url}/v1/smoa/policy", timeout=TIMEOUT_S).raise_for_status().json()
+        )
+        return found
+
     @property
     def shown(self) -> str:
         """Where the server says that it is."""

@@ -49,6 +49,15 @@ def _enter_cpu_platform(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "CpuPlatform.check_and_update_config", allow)
 
 
+def _enter_message_queue(module: ModuleType) -> None:
+    def enter(wrapped: Any, condition: Any, args: Any, kwargs: Any) -> None:
+        from smoa_serve.engine.waiting import sleep_sooner
+
+        sleep_sooner(wrapped, condition, args, kwargs)
+
+    wrapt.wrap_function_wrapper(module, "SpinCondition.__init__", enter)
+
+
 def _enter_async_engine(module: ModuleType) -> None:
     from smoa_serve.http.counting import count_requests
 
@@ -68,6 +77,7 @@ _HOOKS = {
     "vllm.v1.worker.lora_model_runner_mixin": _enter_worker_manager,
     "vllm.v1.worker.worker_base": _enter_worker,
     "vllm.platforms.cpu": _enter_cpu_platform,
+    "vllm.distributed.device_communicators.shm_broadcast": _enter_message_queue,
     "vllm.v1.engine.async_llm": _enter_async_engine,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
 }

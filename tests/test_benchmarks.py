@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import dense, merge, plot, publish, serving, stall, traffic
-from benchmarks.bars import Bar, ratio_bar
+from benchmarks.bars import Bar, best_choice_bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server, figures
 from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
 from benchmarks.setup_facts import facts
@@ -182,6 +182,41 @@ def test_merge_bars_compare_what_they_name() -> None:
     assert (policy.figure, policy.reached) == (pytest.approx(90 / 93.5), False)
 
 
+def test_the_best_choice_of_a_round_is_told_by_the_others() -> None:
+    choices = {"lucky once": [200.0, 50.0, 50.0], "good": [100.0, 100.0, 100.0]}
+    bar = best_choice_bar("policy", [97.0, 98.0, 99.0], choices, 0.97)
+    # Without the round with the luck "good" is the best; that round makes "lucky once" the best of the two others.
+    assert bar.name == "policy / best fixed choice (good, lucky once)"
+    assert bar.spread == (0.97, 1.98)
+
+
+class Answers:
+    """A policy's answers, one after the other."""
+
+    def __init__(self, answers: list[dict[str, object]]) -> None:
+        self._answers, self.shown = answers, "slot"
+
+    def policy(self) -> dict[str, object]:
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+def test_the_policy_has_settled_when_it_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(merge.time, "monotonic", lambda: next(clock))
+    old, new = ({"action": "merge", "name": name, "result": "merged"} for name in ("old", "new"))
+    answers = [
+        {"decisions": [old], "moving": None},
+        {"decisions": [old], "moving": "new to merged"},
+        {"decisions": [new, old], "moving": None},
+    ]
+    sent: list[int] = []
+    found = merge._settle(Answers(answers), traffic.ZIPF, sent.append, 90.0, 7)  # type: ignore[arg-type]
+    assert (found.settled, found.moves, found.hot) == (True, ["merge new: merged"], "slot")
+    assert (found.seconds, sent) == (20, [7, 8, 9, 10, 11])
+    restless = [{"decisions": [], "moving": "x to merged"}]
+    assert not merge._settle(Answers(restless), traffic.ZIPF, sent.append, 90.0, 0).settled  # type: ignore[arg-type]
+
+
 def test_stalls_are_counted_in_usual_steps() -> None:
     gaps = [(0.0, 0.02), (0.02, 0.04), (0.04, 0.1), (0.1, 0.12)]
     assert stall._longest(gaps, (0.05, 0.06)) == pytest.approx(60)
@@ -198,6 +233,8 @@ def test_a_merge_result_is_published(tmp_path: Path) -> None:
         {"kind": "stall", "streams": 1, "usual_ms": 9.0, "usual_longest_ms": 12.0, "merge_ms": [20.0, 30.0, 25.0],
          "unmerge_ms": [11.0], "seconds": [1.5]},
         {"kind": "parity", **parity, "lost": 0.01, "largest_logprob_difference": 0.02, "tokens_agree": True},
+        {"kind": "policy", "traffic": "90% hot", "seconds": 12.3, "settled": True, "moves": ["a", "b"], "hot": "slot"},
+        {"kind": "policy", "traffic": "90% hot", "seconds": 90.0, "settled": False, "moves": [], "hot": "merged"},
         Bar("stall", 1.5, None, (1.0, 2.0), 2.0).row(),
     ]  # fmt: skip
     result = tmp_path / "result.jsonl"
@@ -209,6 +246,7 @@ def test_a_merge_result_is_published(tmp_path: Path) -> None:
     assert "| 90% hot | slot | 10.0 |" in text
     assert "| 1 | 9.0 | 12.0 | 25.0 (20.0 to 30.0) | 11.0 (11.0 to 11.0) | 1.5 s |" in text
     assert "removes 1.0% of the update" in text
+    assert "| 90% hot | 12 s, 90 s (not) | slot, merged | 2, 0 |" in text
     assert "| stall | at most 2.00 | 1.50 |" in text
 
 

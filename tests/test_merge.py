@@ -1,6 +1,7 @@
 """Merged checkpoints, read by transformers."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -188,6 +189,8 @@ def test_memory_is_bounded_by_a_shard_not_by_the_model(tmp_path: Path) -> None:
         "print(peak() - before)\n"
     )
     arguments = [sys.executable, "-c", code, tmp_path / "base", tmp_path / "out"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    # One thread and one arena: what allocators keep per thread says nothing about what a merge needs.
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=quiet)
     peak_kib = int(done.stdout)
-    assert 0 < peak_kib < 120 * 2**10
+    assert 0 < peak_kib < 80 * 2**10

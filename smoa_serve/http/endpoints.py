@@ -87,6 +87,7 @@ class PolicyInfo(BaseModel):
     tokens_per_step: float = Field(description="base and adapters, weighted towards the last intervals")
     adapters: dict[str, float] = Field(description="tokens per step of each adapter that had any")
     pinned: list[str]
+    moving: str | None = Field(description="the move that is under way, by hand or not")
     decisions: list[dict[str, str]] = Field(description="newest first: time, name, action, reason, result")
 
 
@@ -104,6 +105,7 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
         tokens_per_step=rates.all,
         adapters={names[number]: rate for number, rate in sorted(rates.tokens.items()) if number in names and rate},
         pinned=sorted(state.smoa_ladder.pinned),
+        moving=state.smoa_ladder.moving,
         decisions=list(loop.decisions),
     )
 

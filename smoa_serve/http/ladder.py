@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -50,12 +51,27 @@ class Ladder:
 
     Args:
         engine: vLLM's client.
+
+    Attributes:
+        pinned: adapters that the automatic policy leaves where they are.
+        moving: the move that is under way, in words; None when none is.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
         self.pinned: set[str] = set()
+        self.moving: str | None = None
+
+    @asynccontextmanager
+    async def _alone(self, revision: Revision, step: str) -> AsyncIterator[None]:
+        """For the length of one move."""
+        async with self._lock:
+            self.moving = f"{revision.name} to {step}"
+            try:
+                yield
+            finally:
+                self.moving = None
 
     async def merge(
         self, revision: Revision, policy: MergePolicy, max_lost: float, wanted: Callable[[], bool] = lambda: True
@@ -72,7 +88,7 @@ class Ladder:
             MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it cannot be merged, or rounding would remove too much; the numbers.
         """
-        async with self._lock:
+        async with self._alone(revision, "merged"):
             begin, longest, reports = await self._stage(revision, "merged", wanted)
             lost: dict[str, float] = {}
             for report in reports:
@@ -98,7 +114,7 @@ class Ladder:
             MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it is merged, or no SMoA or HiRA adapter.
         """
-        async with self._lock:
+        async with self._alone(revision, "resident"):
             if await self.step(revision) == "merged":
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
             begin, longest, _ = await self._stage(revision, "resident", wanted)
@@ -108,7 +124,7 @@ class Ladder:
 
     async def to_slot(self, revision: Revision) -> Move:
         """Un-merge an adapter, or give its resident blocks back. The workers check every weight's checksum."""
-        async with self._lock:
+        async with self._alone(revision, "slot"):
             begin = monotonic()
             await self._demote(revision)
             return self._moved(revision, await self.step(revision), begin, monotonic() - begin, 0)

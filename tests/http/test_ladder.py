@@ -48,3 +48,18 @@ def test_a_move_that_is_not_wanted_any_more_is_given_up(pieces: int) -> None:
     with pytest.raises(MoveAbandonedError, match="legal was pinned while it moved"):
         asyncio.run(Ladder(engine).merge(REVISION, MergePolicy.COMPENSATE, 0.25, lambda: next(answers)))
     assert engine.calls == ["add_lora", "smoa_stage", "smoa_stage", "smoa_demote"]
+
+
+def test_the_move_under_way_is_named_until_it_ends_or_fails() -> None:
+    ladder = Ladder(Engine(3))
+    seen: list[str | None] = []
+
+    def note() -> bool:
+        seen.append(ladder.moving)
+        return len(seen) < 2
+
+    with pytest.raises(MoveAbandonedError):
+        asyncio.run(ladder.make_resident(REVISION, note))
+    assert (seen, ladder.moving) == (["legal to resident"] * 2, None)
+    asyncio.run(ladder.merge(REVISION, MergePolicy.COMPENSATE, 0.25))
+    assert ladder.moving is None

@@ -1,0 +1,59 @@
+"""vLLM's message queue between processes, as this project leaves it on a CPU."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
+
+
+@pytest.fixture(scope="module")
+def queues() -> tuple[Any, Any]:
+    """A writer and its reader, made by vLLM in a process that has the plugin."""
+    from smoa_serve.plugin import register
+
+    register()
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("on a GPU vLLM's way to wait is left alone")
+    writer = MessageQueue(1, 1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    ready = threading.Thread(target=reader.wait_until_ready)
+    ready.start()
+    writer.wait_until_ready()
+    ready.join()
+    return writer, reader
+
+
+def test_a_reader_takes_no_processor_time_while_it_waits(queues: tuple[Any, Any]) -> None:
+    writer, reader = queues
+    writer.enqueue("first")
+    assert reader.dequeue(timeout=10) == "first"
+    before = time.thread_time()
+    with pytest.raises(TimeoutError):
+        reader.dequeue(timeout=0.5)
+    assert time.thread_time() - before < 0.25  # polling would take nearly all of it
+
+
+def test_a_reader_that_sleeps_is_woken_by_every_message(queues: tuple[Any, Any]) -> None:
+    """A lost notification would cost the five seconds after which vLLM looks by itself."""
+    writer, reader = queues
+    pauses = [0.0, 0.0005, 0.002, 0.003, 0.004, 0.02] * 20
+
+    def write() -> None:
+        for index, pause in enumerate(pauses):
+            time.sleep(pause)
+            writer.enqueue(index)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    found, begin = [], time.monotonic()
+    for _ in pauses:
+        found.append(reader.dequeue(timeout=30))
+    thread.join()
+    assert found == list(range(len(pauses)))
+    assert time.monotonic() - begin < 5
