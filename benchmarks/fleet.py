@@ -50,7 +50,7 @@ class Server:
     def command(self, base: Path, port: int) -> list[str]:
         """How it is started."""
         flags = ["--served-model-name", "base", "--max-model-len", "1024", "--no-enable-prefix-caching", *self.flags]
-        if _on_gpu():
+        if on_gpu():
             flags += ["--gpu-memory-utilization", "0.25"]
         if self.adapters:
             flags += ["--max-loras", str(len(self.adapters)), "--max-lora-rank", str(SLOT_RANK)]
@@ -184,7 +184,8 @@ def figures(repeats: Sequence[Repeat]) -> dict[str, object]:
     }
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether the servers run on one."""
     import torch
 
     return torch.cuda.is_available()

@@ -5,13 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import Bar, best_choice_bar, ratio_bar
-from benchmarks.fleet import Load, Repeat, Server, figures, one_repeat, running, speeds
+from benchmarks.fleet import Load, Repeat, Server, figures, on_gpu, one_repeat, running, speeds
 from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
 from benchmarks.residence import Hot, Place, difference, scores
 from benchmarks.stall import measure_stalls
@@ -46,6 +47,7 @@ class Plan:
         lora: traffics in which vLLM's LoRA takes part.
         run_in_s: the longest that the automatic policy gets to settle before its repeat.
         cycles: merges and un-merges whose stalls are measured.
+        pairs: repeats of base and merged adapter back to back, for the bars that compare them.
     """
 
     load: Load
@@ -55,10 +57,12 @@ class Plan:
     lora: tuple[Traffic, ...]
     run_in_s: float
     cycles: int
+    pairs: int
 
 
-FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4)
-QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2)
+FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4, 12)
+QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2, 4)
+PAIRED = {ALONE: 0.99, HOT_90: 0.93}  # bars, merged over base only
 LOOK_S = 2  # how often the policy looks
 # It moves an adapter up after two looks that speak for it, down after three: after four without a move it has settled.
 SETTLED_S = 4.5 * LOOK_S
@@ -114,6 +118,7 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         rows = _parity(url, hot, console)
         stalls, bars = _stalls(url, hot, plan)
         rows += stalls
+        pairs = _pairs(servers, hot, plan, console)
         results, settled = _measure(servers, hot, plan, console)
     console.print(_table(shape.name, plan, results))
     shared = {"load": asdict(plan.load), "requests_sent": plan.requests}
@@ -121,8 +126,12 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         {"kind": "merging", "traffic": traffic, "variant": variant, **shared, **figures(found)}
         for (traffic, variant), found in results.items()
     ]
+    rows += [
+        {"kind": "pairs", "traffic": traffic, "variant": variant, **figures(found)}
+        for (traffic, variant), found in pairs.items()
+    ]
     rows += [{"kind": "policy", **asdict(one)} for one in settled]
-    return [{"model": shape.name, **row} for row in rows], _bars(plan, results) + bars
+    return [{"model": shape.name, **row} for row in rows], _pair_bars(pairs) + _policy_bars(plan, results) + bars
 
 
 def _servers(base: Path) -> list[Server]:
@@ -167,6 +176,21 @@ def _stalls(url: str, hot: Hot, plan: Plan) -> tuple[list[dict[str, object]], li
     return rows, bars
 
 
+def _pairs(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
+    """Base and merged adapter back to back: repeats minutes apart differ more than the bars allow."""
+    results: Results = {}
+    for traffic in PAIRED:
+        hot.bring(Place.COMPENSATE)
+        for index in range(plan.pairs):
+            for variant in (BASE_ONLY, str(Place.COMPENSATE))[:: 1 if index % 2 == 0 else -1]:
+                if on_gpu():  # on a CPU steps of the base run on the original weights whatever is merged
+                    hot.bring(Place.SLOT if variant == BASE_ONLY else Place.COMPENSATE)
+                one = _ask(servers, plan, traffic, variant, index + 1)
+                results.setdefault((traffic.name, variant), []).append(one)
+                console.print(f"pair {index + 1}: {traffic.name}: {variant}: {one.words}", highlight=False)
+    return results
+
+
 def _measure(
     servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console
 ) -> tuple[Results, list[Settled]]:
@@ -200,27 +224,28 @@ def _one(
     index: int,
     settled: list[Settled],
 ) -> Repeat:
-    """One repeat of one variant; every variant of a round gets the same prompts in the same order."""
-    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
-    server = servers[LORA if variant == LORA else SMOA]
-
-    def once(seed: int) -> Repeat:
-        models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
-        jobs = make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
-        return one_repeat(server, jobs, plan.load.streams)
-
+    """One repeat of one variant, the hot adapter where it belongs."""
     if variant == POLICY:
         hot.bring(Place.COMPENSATE)  # a merge under load takes longer than the repeat; un-merging takes no time
         with hot.left_to_the_policy():
-            settled.append(_settle(hot, traffic, once, plan.run_in_s, 1000 * (index + 1)))
-            return once(index + 1)
+            run_in = partial(_ask, servers, plan, traffic, variant)
+            settled.append(_settle(hot, traffic, run_in, plan.run_in_s, 1000 * (index + 1)))
+            return _ask(servers, plan, traffic, variant, index + 1)
     if variant == LORA:
         time.sleep(POLLING_S)
-        found = once(index + 1)
+        found = _ask(servers, plan, traffic, variant, index + 1)
         time.sleep(POLLING_S)
         return found
     hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
-    return once(index + 1)
+    return _ask(servers, plan, traffic, variant, index + 1)
+
+
+def _ask(servers: Mapping[str, ServerProcess], plan: Plan, traffic: Traffic, variant: str, seed: int) -> Repeat:
+    """One repeat; every variant gets the same prompts in the same order."""
+    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
+    models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
+    jobs = make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
+    return one_repeat(servers[LORA if variant == LORA else SMOA], jobs, plan.load.streams)
 
 
 def _settle(hot: Hot, traffic: Traffic, once: Callable[[int], object], limit_s: float, seed: int) -> Settled:
@@ -241,16 +266,20 @@ def _settle(hot: Hot, traffic: Traffic, once: Callable[[int], object], limit_s: 
             return Settled(traffic.name, now - begin, now - last > SETTLED_S, moves, hot.shown)
 
 
-def _bars(plan: Plan, results: Results) -> list[Bar]:
-    found = {key: speeds(repeats) for key, repeats in results.items()}
+def _pair_bars(pairs: Results) -> list[Bar]:
     bars = []
-    for traffic, place, at_least in ((ALONE, Place.COMPENSATE, 0.99), (HOT_90, Place.COMPENSATE, 0.93)):
-        name = f"{traffic.name}, {place} / {BASE_ONLY}"
-        base = found[traffic.name, BASE_ONLY]
-        bars.append(ratio_bar(name, found[traffic.name, place], base, at_least))
+    for traffic, at_least in PAIRED.items():
+        base, merged = (speeds(pairs[traffic.name, variant]) for variant in (BASE_ONLY, str(Place.COMPENSATE)))
+        bars.append(ratio_bar(f"{traffic.name}, {Place.COMPENSATE} / {BASE_ONLY}", merged, base, at_least))
+    return bars
+
+
+def _policy_bars(plan: Plan, results: Results) -> list[Bar]:
+    bars = []
     for traffic in plan.traffics:
-        fixed = {str(place): found[traffic.name, place] for place in Place}
-        bars.append(best_choice_bar(f"{traffic.name}, {POLICY}", found[traffic.name, POLICY], fixed, 0.97))
+        fixed = {str(place): speeds(results[traffic.name, place]) for place in Place}
+        policy = speeds(results[traffic.name, POLICY])
+        bars.append(best_choice_bar(f"{traffic.name}, {POLICY}", policy, fixed, 0.97))
     return bars
 
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as program
 from benchmarks import dense, merge, plot, publish, serving, stall, traffic
@@ -174,12 +176,30 @@ def test_traffic_has_the_shares_it_names() -> None:
 def test_merge_bars_compare_what_they_name() -> None:
     speed = {merge.BASE_ONLY: 100.0, "slot": 60.0, "resident": 80.0, "merged, compensate": 93.5}
     speed |= {"merged, exclusive": 70.0, merge.POLICY: 90.0, merge.LORA: 30.0}
-    found = {case: results(speed[case[1]]) for case in merge._cases(merge.QUICK)}
-    bars = {bar.name: bar for bar in merge._bars(merge.QUICK, {(t.name, v): one for (t, v), one in found.items()})}
-    assert bars["90% hot, merged, compensate / base only"].reached
-    assert not bars["hot adapter alone, merged, compensate / base only"].reached
+    found = {(traffic.name, variant): results(speed[variant]) for traffic, variant in merge._cases(merge.QUICK)}
+    alone, hot = merge._pair_bars(found)
+    assert (alone.name, alone.reached) == ("hot adapter alone, merged, compensate / base only", False)
+    assert (hot.name, hot.reached) == ("90% hot, merged, compensate / base only", True)
+    bars = {bar.name: bar for bar in merge._policy_bars(merge.QUICK, found)}
     policy = bars["90% hot, automatic policy / best fixed choice (merged, compensate)"]
     assert (policy.figure, policy.reached) == (pytest.approx(90 / 93.5), False)
+
+
+def test_pairs_are_back_to_back_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def ask(servers: object, plan: object, traffic: object, variant: str, seed: int) -> Repeat:
+        asked.append((variant, seed))
+        return results(1.0)[0]
+
+    monkeypatch.setattr(merge, "_ask", ask)
+    monkeypatch.setattr(merge, "on_gpu", lambda: False)
+    moves: list[str] = []
+    pairs = merge._pairs({}, SimpleNamespace(bring=moves.append), merge.QUICK, Console(quiet=True))  # type: ignore[arg-type]
+    base, merged = merge.BASE_ONLY, "merged, compensate"
+    assert asked[:5] == [(base, 1), (merged, 1), (merged, 2), (base, 2), (base, 3)]
+    assert moves == ["merged, compensate"] * 2
+    assert {len(found) for found in pairs.values()} == {merge.QUICK.pairs}
 
 
 def test_the_best_choice_of_a_round_is_told_by_the_others() -> None:
