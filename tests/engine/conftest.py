@@ -225,9 +225,13 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
         defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_lora_rank": 8, "seed": 0}
         engine = LLM(str(base), **(defaults | arguments))
-        yield engine
-        del engine
-        gc.collect()
+        try:
+            yield engine
+        finally:
+            # Now: vLLM would do it when the engine is collected, and take the process groups of the next one away.
+            engine.llm_engine.engine_core.shutdown()
+            del engine
+            gc.collect()
 
     return start_engine
 
