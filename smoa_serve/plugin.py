@@ -50,12 +50,10 @@ def _enter_cpu_platform(module: ModuleType) -> None:
 
 
 def _enter_message_queue(module: ModuleType) -> None:
-    def enter(wrapped: Any, condition: Any, args: Any, kwargs: Any) -> None:
-        from smoa_serve.engine.waiting import sleep_sooner
+    from smoa_serve.engine.waiting import sleep_sooner
 
-        sleep_sooner(wrapped, condition, args, kwargs)
-
-    wrapt.wrap_function_wrapper(module, "SpinCondition.__init__", enter)
+    if hasattr(module, "SpinCondition"):  # only time is at stake: a vLLM without it starts as well
+        wrapt.wrap_function_wrapper(module, "SpinCondition.__init__", sleep_sooner)
 
 
 def _enter_async_engine(module: ModuleType) -> None:

@@ -76,9 +76,8 @@ class HandlerExchange(WeightExchange):
     def begin(self) -> Iterator[None]:
         """See the base class. Holds another weight of the layer's full size."""
         yield from self._weight.recover()
-        self._merged = (
-            self._weight.whole().clone()
-        )  # an adapter that is read meanwhile takes its blocks from the original
+        # A copy: an adapter that is read meanwhile takes its blocks from the original.
+        self._merged = self._weight.whole().clone()
 
     def put(self, rows: Tensor, block: MergedBlock) -> None:
         """See the base class."""

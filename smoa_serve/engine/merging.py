@@ -152,8 +152,7 @@ class Merger:
     @staticmethod
     def _stage_layer(exchange: WeightExchange, bank: LayerBank, slot: int, lost: Lost) -> Iterator[None]:
         """A block at a time: each is formed once, for the weight, for what rounding removes and for what others get."""
-        for _ in exchange.begin():
-            yield
+        yield from exchange.begin()
         yield
         back: list[list[Tensor]] = [[] for _ in bank.slices]
         offsets = [sum(bank.slices[:index]) for index in range(len(bank.slices))]

@@ -64,7 +64,7 @@ class Ladder:
         self.moving: str | None = None
 
     @asynccontextmanager
-    async def _alone(self, revision: Revision, step: str) -> AsyncIterator[None]:
+    async def _under_way(self, revision: Revision, step: str) -> AsyncIterator[None]:
         """For the length of one move."""
         async with self._lock:
             self.moving = f"{revision.name} to {step}"
@@ -88,7 +88,7 @@ class Ladder:
             MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it cannot be merged, or rounding would remove too much; the numbers.
         """
-        async with self._alone(revision, "merged"):
+        async with self._under_way(revision, "merged"):
             begin, longest, reports = await self._stage(revision, "merged", wanted)
             lost: dict[str, float] = {}
             for report in reports:
@@ -114,7 +114,7 @@ class Ladder:
             MoveAbandonedError: it was not wanted any more.
             MoveRefusedError: it is merged, or no SMoA or HiRA adapter.
         """
-        async with self._alone(revision, "resident"):
+        async with self._under_way(revision, "resident"):
             if await self.step(revision) == "merged":
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
             begin, longest, _ = await self._stage(revision, "resident", wanted)
@@ -124,7 +124,7 @@ class Ladder:
 
     async def to_slot(self, revision: Revision) -> Move:
         """Un-merge an adapter, or give its resident blocks back. The workers check every weight's checksum."""
-        async with self._alone(revision, "slot"):
+        async with self._under_way(revision, "slot"):
             begin = monotonic()
             await self._demote(revision)
             return self._moved(revision, await self.step(revision), begin, monotonic() - begin, 0)
