@@ -99,14 +99,16 @@ class Merger:
                 return
             self.end()  # its slot was taken meanwhile, and now it is in another one
         touched = {name: layer for name, layer in self.layers.items() if any(_live(layer, slot))}
-        exchanges, reasons = {}, []
+        exchanges: dict[str, WeightExchange] = {}
+        refused: dict[str, list[str]] = {}  # reason -> layers, of which a model has hundreds
         for name, layer in touched.items():
             exchange = exchange_of(layer.base_layer, layer.smoa_weight)
             if isinstance(exchange, str):
-                reasons.append(f"{name} cannot be merged: {exchange}")
+                refused.setdefault(exchange, []).append(name)
             else:
                 exchanges[name] = exchange
-        if reasons:
+        if refused:
+            reasons = [f"{_named(names)} cannot be merged: {reason}" for reason, names in refused.items()]
             raise AdapterError(f"adapter {lora_id}", reasons)
         self._exchanges = exchanges
         self._staged = _Staged(lora_id, slot, iter(()), len(exchanges))
@@ -243,6 +245,10 @@ class Merger:
             layer.smoa_weight.close()
             layer.smoa_weight.reset_original()
         self._exchanges, self._staged, self.merged = {}, None, False
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more layers"
 
 
 def _whole(layer: SmoaLinearMixin, slot: int) -> bool:

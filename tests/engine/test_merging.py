@@ -3,11 +3,14 @@
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from smoa_kernels import cpp_build
+
+from smoa_serve.errors import AdapterError
 
 pytestmark = pytest.mark.engine
 
@@ -264,3 +267,19 @@ def _damage(worker: Any) -> None:
         exchange._blocks[0][2].view(-1)[0] += 1e-6
     else:
         merger._checksums[name] = b"another"
+
+
+def test_layers_that_cannot_be_merged_are_named_once_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoa_serve.engine import merging
+
+    reasons = iter(["it is packed", "it is quantized", "it is packed", "it is packed"])
+    monkeypatch.setattr(merging, "exchange_of", lambda layer, weight: next(reasons))
+    monkeypatch.setattr(merging, "_live", lambda layer, slot: [True])
+    layer: Any = SimpleNamespace(base_layer=None, smoa_weight=None)
+    merger = merging.Merger({f"layer-{index}": layer for index in range(4)})
+    with pytest.raises(AdapterError) as refused:
+        merger.begin(1, 0)
+    words = str(refused.value)
+    assert "layer-0 and 2 more layers cannot be merged: it is packed" in words
+    assert "layer-1 cannot be merged: it is quantized" in words
+    assert merger.lora_id is None
