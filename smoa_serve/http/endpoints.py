@@ -5,12 +5,15 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from smoa_serve.errors import EngineGoneError
 from smoa_serve.http import moves
 from smoa_serve.http.counting import served
 from smoa_serve.http.ladder import Ladder, step_of
 from smoa_serve.http.ladder_loop import LadderLoop
+from smoa_serve.http.moves import refused
 from smoa_serve.settings import Settings
 
 router = APIRouter(prefix="/v1/smoa")
@@ -49,7 +52,7 @@ async def list_adapters(raw_request: Request) -> AdapterList:
     state = raw_request.app.state
     engine = state.engine_client
     models = state.openai_serving_models
-    statuses = await engine.collective_rpc("smoa_status")
+    statuses = await state.smoa_ladder.call("smoa_status")
     counts = served(engine)
     data = []
     for name, revision in sorted(models.revisions.items()):
@@ -110,6 +113,10 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
     )
 
 
+async def _engine_gone(_: Request, error: Exception) -> JSONResponse:
+    return refused(error, 503)
+
+
 class EndpointPlugin:
     """The `vllm.endpoint_plugins` entry point. vLLM loads it when `VLLM_PLUGINS` names smoa_serve."""
 
@@ -120,6 +127,7 @@ class EndpointPlugin:
         """Add the routes."""
         app.include_router(router)
         app.include_router(moves.router)
+        app.add_exception_handler(EngineGoneError, _engine_gone)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The ladder of this server; all else is vLLM's own state."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -10,7 +10,8 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from smoa_serve.errors import EngineGoneError, MoveAbandonedError, MoveRefusedError
+from smoa_serve.errors import MoveAbandonedError, MoveRefusedError
+from smoa_serve.http.engine_calls import answered
 from smoa_serve.http.revisions import Revision
 from smoa_serve.merge_loss import too_much_lost
 from smoa_serve.merge_policy import MergePolicy
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 STEPS = ("stored", "host", "slot", "resident", "merged")
 # How long the workers stage between two engine steps: less than a decode step of a small model.
 BUDGET_S = 0.01
-_ALIVE_S = 1.0  # how often it is asked whether the engine still lives
 
 BYTES = Gauge("smoa_adapter_bytes", "Bytes that a resident or merged adapter takes, all workers", ["adapter"])
 STEP = Gauge("smoa_adapter_step", "0 stored, 1 host, 2 slot, 3 resident, 4 merged", ["adapter"])
@@ -133,7 +133,8 @@ class Ladder:
         self, revision: Revision, target: str, wanted: Callable[[], bool]
     ) -> tuple[float, float, list[dict[str, Any]]]:
         """Work between steps until all workers are ready: (when it began, longest call, their reports)."""
-        await self._engine.add_lora(revision.request())  # back from eviction, if it was evicted
+        # Back from eviction, if it was evicted.
+        await answered(self._engine, self._engine.add_lora(revision.request()), "add_lora")
         begin, longest = monotonic(), 0.0
         while True:
             start = monotonic()
@@ -153,15 +154,10 @@ class Ladder:
         """Ask all workers.
 
         Raises:
-            EngineGoneError: the engine ended meanwhile, and vLLM would never answer.
+            EngineGoneError: the engine ended.
         """
-        answer = asyncio.ensure_future(self._engine.collective_rpc(method, args=arguments))
-        while not (await asyncio.wait({answer}, timeout=_ALIVE_S))[0]:
-            if self._engine.errored:
-                answer.cancel()
-                raise EngineGoneError(f"the engine ended during {method}; restart the server")
-        answers: list[dict[str, Any]] = answer.result()
-        return answers
+        call: Awaitable[list[dict[str, Any]]] = self._engine.collective_rpc(method, args=arguments)
+        return await answered(self._engine, call, method)
 
     async def _demote(self, revision: Revision) -> None:
         await self.call("smoa_demote", revision.lora_int_id)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import AdapterNotFoundError, EngineGoneError, MoveRefusedError
+from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
 from smoa_serve.http import parity
 from smoa_serve.http.ladder import Ladder, Move
 from smoa_serve.http.revisions import Revision
@@ -57,11 +57,9 @@ async def move(
         revision = _revision(state.openai_serving_models.revisions, name)
         report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     except AdapterNotFoundError as error:
-        return _refused(error, 404)
+        return refused(error, 404)
     except MoveRefusedError as error:
-        return _refused(error, 409)
-    except EngineGoneError as error:
-        return _refused(error, 503)
+        return refused(error, 409)
     (ladder.pinned.discard if target == "unpin" else ladder.pinned.add)(name)
     return report
 
@@ -99,7 +97,7 @@ def _report(name: str, done: Move) -> MoveReport:
     return MoveReport(name=name, **vars(done))
 
 
-def _refused(error: Exception, status: int) -> JSONResponse:
-    """As vLLM's own routes answer errors."""
+def refused(error: Exception, status: int) -> JSONResponse:
+    """An error as vLLM's own routes answer it."""
     body = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
     return JSONResponse({"error": body}, status_code=status)

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -17,11 +18,13 @@ from smoa_serve.errors import (
     AdapterNotFoundError,
     CompatibilityError,
     ConfigError,
+    EngineGoneError,
     PathNotAllowedError,
     SmoaError,
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
+from smoa_serve.http.engine_calls import answered
 from smoa_serve.http.ladder import step_of
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 _STATUS = {
     AdapterNotFoundError: HTTPStatus.NOT_FOUND,
     AdapterError: HTTPStatus.BAD_REQUEST,
+    EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
     PathNotAllowedError: HTTPStatus.FORBIDDEN,
     SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -81,7 +85,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
             # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager
             # engine runs none: the first request would end it.
-            await self.engine_client.collective_rpc("execute_dummy_batch")
+            await self._workers("execute_dummy_batch")
         for module in self.static_lora_modules or []:
             if self.is_base_model(module.name) or module.name in self.revisions:
                 raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")
@@ -94,12 +98,18 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
             return
         try:
-            statuses = await self.engine_client.collective_rpc("smoa_status")
+            statuses = await self._workers("smoa_status")
+        except EngineGoneError:
+            raise
         except Exception as error:
             raise CompatibilityError(f"a worker runs without the smoa-serve plugin: {error}") from error
         for status in statuses:
             if status.get("refusal"):
                 logger.warning("This engine serves LoRA adapters only: %s", status["refusal"])
+
+    async def _workers(self, method: str) -> list[dict[str, Any]]:
+        call: Awaitable[list[dict[str, Any]]] = self.engine_client.collective_rpc(method)
+        return await answered(self.engine_client, call, method)
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
@@ -115,7 +125,9 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if parent is not None and self.is_base_model(parent):
             request.base_model_name = parent
         try:
-            await self.engine_client.add_lora(request)
+            await answered(self.engine_client, self.engine_client.add_lora(request), "add_lora")
+        except EngineGoneError:
+            raise
         except Exception as error:
             raise AdapterError(requested_path, f"the engine refused it: {error}") from error
         self.revisions[name], self.lora_requests[name] = revision, request
@@ -143,7 +155,9 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             current = self.revisions.get(revision.name)
             if current is not None and current.engine_name == revision.engine_name:
                 return  # it came back meanwhile
-            await self.engine_client.remove_lora(revision.lora_int_id)
+            removed = self.engine_client.remove_lora(revision.lora_int_id)
+            with suppress(EngineGoneError):  # which vLLM reports itself
+                await answered(self.engine_client, removed, "remove_lora")
             logger.info("Adapter revision %s left the engine", revision.engine_name)
 
         task = asyncio.create_task(drain())
@@ -207,7 +221,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides."""
         models = await super().show_available_models()
-        statuses = await self.engine_client.collective_rpc("smoa_status") if self.revisions else []
+        statuses = await self._workers("smoa_status") if self.revisions else []
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:

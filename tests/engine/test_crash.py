@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ MERGED = "smoa"
 PROMPTS = ([5, 17, 99, 3, 40], [88, 2, 61])
 TOKENS = 12
 MOVE_S = 5.0  # a move whose engine died under it may never be answered; the client gives up
+ASKED_S = 2.0  # long enough for a request to reach an engine that does not answer
+GIVE_UP_S = 40.0
 WITHIN_S = 0.5  # the kill comes at a random moment of so many seconds of merging and un-merging
 Answers = dict[tuple[str, int], tuple[list[int], list[float]]]
 
@@ -60,7 +63,7 @@ def disk(vectors: Path, makers: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @contextmanager
-def served(disk: Disk, serving: Callable[..., Any]) -> Iterator[Any]:
+def served(disk: Disk, serving: Callable[..., Any], **environment: str) -> Iterator[Any]:
     """A server on that disk, with its store there too."""
     with serving(
         disk.base,
@@ -69,6 +72,7 @@ def served(disk: Disk, serving: Callable[..., Any]) -> Iterator[Any]:
         *(f"{name}={disk.adapter(name)}" for name in ADAPTERS),
         SMOA_STORE_DIR=str(disk.root / "store"),
         SMOA_AUTO_RESIDENT="0",
+        **environment,
     ) as server:
         yield server
 
@@ -149,6 +153,45 @@ def crash(server: Any, kind: str, delay_s: float) -> None:
     assert not mover.is_alive()
     assert not answered(server)
     server.process.wait(60)  # the API server ends by itself
+
+
+def ask(server: Any, method: str, path: str, body: dict[str, Any] | None) -> str:
+    """What came of one request."""
+    try:
+        response = httpx.request(method, f"{server.url}{path}", json=body, timeout=GIVE_UP_S, headers=server.headers)
+    except httpx.HTTPError as error:
+        return repr(error)
+    return f"{response.status_code} {response.json()['error']['message']}"
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["in a call", "in a step"])
+def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
+    busy: bool, disk: Disk, serving: Callable[..., Any]
+) -> None:
+    """An engine that ends in a step leaves calls that are no generations without an answer for ever, and a server waits
+    for its requests."""
+    load = {"lora_name": "late", "lora_path": str(disk.adapter("smoa"))}
+    requests = [
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/smoa/adapters", None),
+        ("POST", "/v1/load_lora_adapter", load),
+        ("POST", "/v1/smoa/adapters/smoa/merge", {}),
+        ("POST", "/v1/smoa/adapters/hira/resident", {}),
+    ]
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "SMOA_ADAPTER_ROOTS": str(disk.root)}
+    with served(disk, serving, **environment) as server, ThreadPoolExecutor(len(requests)) as threads:
+        worker = process_of(server, "Worker")
+        if busy:
+            threading.Thread(target=stream, args=(server,), daemon=True).start()
+            time.sleep(ASKED_S)
+        os.kill(worker, signal.SIGSTOP)
+        asked = [threads.submit(ask, server, *request) for request in requests]
+        time.sleep(ASKED_S)
+        assert not any(one.done() for one in asked)
+        os.kill(worker, signal.SIGKILL)
+        for request, one in zip(requests, asked, strict=True):
+            assert one.result().startswith("503 the engine ended"), request
+        server.process.wait(30)
 
 
 def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:

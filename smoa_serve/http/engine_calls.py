@@ -1,0 +1,50 @@
+"""Calls of the engine that end when the engine does."""
+
+import asyncio
+from collections.abc import Awaitable
+from time import monotonic
+from typing import Any, TypeVar
+
+from smoa_serve.errors import EngineGoneError
+
+Answer = TypeVar("Answer")
+
+_LOOK_S = 0.5  # how often it is asked whether the engine still lives
+_NOTICE_S = 0.5  # an engine that ends fails the call it is in first, and is known to have ended a little later
+
+
+async def answered(engine: Any, call: Awaitable[Answer], doing: str) -> Answer:
+    """What the engine answers to a call that is no generation: `collective_rpc`, `add_lora`, `remove_lora`.
+
+    vLLM tells generations that the engine ended, and leaves such calls without an answer for ever. A request that waits
+    for one would keep the API server from ending, and so from being started again.
+
+    Args:
+        engine: vLLM's client.
+        call: begun or not.
+        doing: in words, for the error.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+    """
+    future = asyncio.ensure_future(call)
+    while not (await asyncio.wait({future}, timeout=_LOOK_S))[0]:
+        if engine.errored:
+            future.cancel()
+            raise EngineGoneError(_gone(doing))
+    error = future.exception()
+    if error is not None and await _ends(engine):
+        raise EngineGoneError(_gone(doing)) from error
+    return future.result()
+
+
+def _gone(doing: str) -> str:
+    return f"the engine ended, and {doing} with it; restart the server"
+
+
+async def _ends(engine: Any) -> bool:
+    """Whether the engine has ended, or is seen to within a moment."""
+    until = monotonic() + _NOTICE_S
+    while not engine.errored and monotonic() < until:
+        await asyncio.sleep(_NOTICE_S / 10)
+    return bool(engine.errored)
