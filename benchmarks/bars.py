@@ -1,7 +1,7 @@
 """Bars: what a measurement has to reach, and whether it did."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -57,26 +57,3 @@ def ratio_bar(name: str, values: Sequence[float], reference: Sequence[float], at
     """
     ratios = [value / other for value, other in zip(values, reference, strict=True)]
     return Bar(name, statistics.median(ratios), at_least, (min(ratios), max(ratios)))
-
-
-def best_choice_bar(name: str, values: Sequence[float], choices: Mapping[str, Sequence[float]], at_least: float) -> Bar:
-    """The median of the ratios to the best of several choices. Which one is the best in a round is told by the other
-    rounds: the highest of several noisy figures of one round is too high by that alone.
-
-    Args:
-        name: of what is compared.
-        values: one figure per repeat; at least two repeats.
-        choices: name → figures in the same order.
-        at_least: the bar.
-    """
-    picked = [
-        max(choices, key=lambda choice: statistics.median(_without(choices[choice], index)))
-        for index in range(len(values))
-    ]
-    reference = [choices[choice][index] for index, choice in enumerate(picked)]
-    words = ", ".join(dict.fromkeys(picked))
-    return ratio_bar(f"{name} / best fixed choice ({words})", values, reference, at_least)
-
-
-def _without(values: Sequence[float], index: int) -> list[float]:
-    return [*values[:index], *values[index + 1 :]]

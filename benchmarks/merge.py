@@ -3,7 +3,7 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import Bar, best_choice_bar, ratio_bar
+from benchmarks.bars import Bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server, figures, on_gpu, one_repeat, running, speeds
+from benchmarks.policy_pairs import LOOK_S, Pairs, policy_pairs
 from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
 from benchmarks.residence import Hot, Place, difference, scores
 from benchmarks.stall import measure_stalls
 from benchmarks.traffic import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Traffic
-from smoa_serve.cli.load import make_jobs
+from smoa_serve.cli.load import Job, make_jobs
 from smoa_serve.demo.server import ServerProcess
 from smoa_serve.errors import SmoaError
 
 RANK, NUM_BLOCKS = 16, 4
 LORA_RANK = RANK // NUM_BLOCKS  # equally many parameters
 ADAPTERS = 64
-SMOA, LORA = "vLLM with smoa-serve", "vLLM with LoRA"
+SMOA, SECOND, LORA = "vLLM with smoa-serve", "another with smoa-serve", "vLLM with LoRA"
 BASE_ONLY, POLICY = "base only", "automatic policy"
 HOT = "smoa-0"
 # Nats. The tests compare in float32; in bfloat16 the two ways round differently, a wrong weight is off by far more.
@@ -45,9 +46,9 @@ class Plan:
         rounds: repeats.
         traffics: with which traffic.
         lora: traffics in which vLLM's LoRA takes part.
-        run_in_s: the longest that the automatic policy gets to settle before its repeat.
+        run_in_s: the longest that the automatic policy gets to settle.
         cycles: merges and un-merges whose stalls are measured.
-        pairs: repeats of base and merged adapter back to back, for the bars that compare them.
+        pairs: repeats back to back, of base and merged adapter, and of policy and best fixed choice; an even number.
     """
 
     load: Load
@@ -60,41 +61,13 @@ class Plan:
     pairs: int
 
 
-FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4, 12)
+FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4, 20)
 QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2, 4)
 PAIRED = {ALONE: 0.99, HOT_90: 0.93}  # bars, merged over base only
-LOOK_S = 2  # how often the policy looks
-# It moves an adapter up after two looks that speak for it, down after three: after four without a move it has settled.
-SETTLED_S = 4.5 * LOOK_S
+POLICY_AT_LEAST = 0.97
 STREAM_TOKENS = 900  # of a stream whose stalls are measured: room for two merges
 # vLLM's workers poll for a second after their last step, and would take a core from the next server.
 POLLING_S = 1.1
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What the automatic policy did before it was measured.
-
-    Attributes:
-        traffic: it met; it began with the hot adapter merged.
-        seconds: it got.
-        settled: it made no move for some looks in the end.
-        moves: it made, and what came of them.
-        hot: where the hot adapter was in the end.
-    """
-
-    traffic: str
-    seconds: float
-    settled: bool
-    moves: list[str]
-    hot: str
-
-    @property
-    def words(self) -> str:
-        """For people."""
-        state = "settled" if self.settled else "NOT settled"
-        moves = "; ".join(self.moves) or "no moves"
-        return f"  {state} after {self.seconds:.0f} s, hot adapter {self.hot}: {moves}"
 
 
 def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
@@ -119,7 +92,11 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         stalls, bars = _stalls(url, hot, plan)
         rows += stalls
         pairs = _pairs(servers, hot, plan, console)
-        results, settled = _measure(servers, hot, plan, console)
+        results = _measure(servers, hot, plan, console)
+        hots = (hot, Hot(servers[SECOND].url, HOT))
+        best = {traffic: _best(results, traffic) for traffic in plan.traffics}
+        ask = partial(_ask_policy, servers, plan)
+        policy, settled = policy_pairs(hots, best, ask, plan.pairs, plan.run_in_s, console)
     console.print(_table(shape.name, plan, results))
     shared = {"load": asdict(plan.load), "requests_sent": plan.requests}
     rows += [
@@ -127,18 +104,29 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         for (traffic, variant), found in results.items()
     ]
     rows += [
-        {"kind": "pairs", "traffic": traffic, "variant": variant, **figures(found)}
-        for (traffic, variant), found in pairs.items()
+        {"kind": "pairs", "traffic": traffic, "variant": variant, "beside": beside, **shared, **figures(found)}
+        for traffic, variant, beside, found in _paired(pairs, policy)
     ]
     rows += [{"kind": "policy", **asdict(one)} for one in settled]
-    return [{"model": shape.name, **row} for row in rows], _pair_bars(pairs) + _policy_bars(plan, results) + bars
+    return [{"model": shape.name, **row} for row in rows], _pair_bars(pairs) + _policy_bars(policy) + bars
+
+
+def _paired(pairs: Results, policy: Mapping[Traffic, Pairs]) -> Iterator[tuple[str, str, str, list[Repeat]]]:
+    """(traffic, variant, beside which, repeats)"""
+    merged = str(Place.COMPENSATE)
+    for (traffic, variant), found in pairs.items():
+        yield traffic, variant, BASE_ONLY if variant == merged else merged, found
+    for kind, mine in policy.items():
+        yield kind.name, POLICY, str(mine.fixed), mine.policy
+        yield kind.name, str(mine.fixed), POLICY, mine.other
 
 
 def _servers(base: Path) -> list[Server]:
     smoa = {f"smoa-{i}": random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
     lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
     automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(LOOK_S)}
-    return [Server(SMOA, True, smoa, (), automatic), Server(LORA, False, lora)]
+    alike = [Server(name, True, smoa, (), automatic) for name in (SMOA, SECOND)]
+    return [*alike, Server(LORA, False, lora)]
 
 
 def _parity(url: str, hot: Hot, console: Console) -> list[dict[str, object]]:
@@ -191,79 +179,58 @@ def _pairs(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: 
     return results
 
 
-def _measure(
-    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console
-) -> tuple[Results, list[Settled]]:
+def _measure(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
     results: Results = {}
-    settled: list[Settled] = []
     for index in range(plan.rounds):
         for traffic, variant in _cases(plan) if index % 2 == 0 else reversed(_cases(plan)):
-            one = _one(servers, hot, plan, traffic, variant, index, settled)
+            one = _one(servers, hot, plan, traffic, variant, index + 1)
             results.setdefault((traffic.name, variant), []).append(one)
             words = f"{traffic.name}: {variant}: {one.words}"
             console.print(f"round {index + 1} of {plan.rounds}: {words}", highlight=False)
-            if variant == POLICY:
-                console.print(settled[-1].words, highlight=False)
-    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}, settled
+    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}
+
+
+def _best(results: Results, traffic: Traffic) -> Place:
+    """The fixed choice that was the fastest."""
+    return max(Place, key=lambda place: statistics.median(speeds(results[traffic.name, str(place)])))
 
 
 def _cases(plan: Plan) -> list[tuple[Traffic, str]]:
     return [
         (traffic, str(variant))
         for traffic in plan.traffics
-        for variant in (BASE_ONLY, *Place, POLICY, *([LORA] if traffic in plan.lora else []))
+        for variant in (BASE_ONLY, *Place, *([LORA] if traffic in plan.lora else []))
     ]
 
 
 def _one(
-    servers: Mapping[str, ServerProcess],
-    hot: Hot,
-    plan: Plan,
-    traffic: Traffic,
-    variant: str,
-    index: int,
-    settled: list[Settled],
+    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, traffic: Traffic, variant: str, seed: int
 ) -> Repeat:
     """One repeat of one variant, the hot adapter where it belongs."""
-    if variant == POLICY:
-        hot.bring(Place.COMPENSATE)  # a merge under load takes longer than the repeat; un-merging takes no time
-        with hot.left_to_the_policy():
-            run_in = partial(_ask, servers, plan, traffic, variant)
-            settled.append(_settle(hot, traffic, run_in, plan.run_in_s, 1000 * (index + 1)))
-            return _ask(servers, plan, traffic, variant, index + 1)
     if variant == LORA:
         time.sleep(POLLING_S)
-        found = _ask(servers, plan, traffic, variant, index + 1)
+        found = _ask(servers, plan, traffic, variant, seed)
         time.sleep(POLLING_S)
         return found
     hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
-    return _ask(servers, plan, traffic, variant, index + 1)
+    return _ask(servers, plan, traffic, variant, seed)
+
+
+def _ask_policy(servers: Mapping[str, ServerProcess], plan: Plan, index: int, traffic: Traffic, seed: int) -> Repeat:
+    """One repeat on one of the two servers that the policy and the fixed choice take turns with."""
+    return one_repeat(servers[(SMOA, SECOND)[index]], _jobs(plan, traffic, POLICY, seed), plan.load.streams)
 
 
 def _ask(servers: Mapping[str, ServerProcess], plan: Plan, traffic: Traffic, variant: str, seed: int) -> Repeat:
-    """One repeat; every variant gets the same prompts in the same order."""
-    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
-    models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
-    jobs = make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
+    jobs = _jobs(plan, traffic, variant, seed)
     return one_repeat(servers[LORA if variant == LORA else SMOA], jobs, plan.load.streams)
 
 
-def _settle(hot: Hot, traffic: Traffic, once: Callable[[int], object], limit_s: float, seed: int) -> Settled:
-    """Traffic until the policy has stopped moving adapters."""
-    known = {str(decision) for decision in hot.policy()["decisions"]}
-    moves: list[str] = []
-    begin = last = time.monotonic()
-    while True:
-        once(seed)
-        seed += 1
-        now, policy = time.monotonic(), hot.policy()
-        new = [one for one in reversed(policy["decisions"]) if str(one) not in known]
-        known |= {str(one) for one in new}
-        moves += [f"{one['action']} {one['name']}: {one['result']}" for one in new]
-        if new or policy["moving"]:
-            last = now
-        if now - last > SETTLED_S or now - begin > limit_s:
-            return Settled(traffic.name, now - begin, now - last > SETTLED_S, moves, hot.shown)
+def _jobs(plan: Plan, traffic: Traffic, variant: str, seed: int) -> list[Job]:
+    """Of one repeat; every variant gets the same prompts in the same order."""
+    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
+    models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
+    return make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
 
 
 def _pair_bars(pairs: Results) -> list[Bar]:
@@ -274,13 +241,16 @@ def _pair_bars(pairs: Results) -> list[Bar]:
     return bars
 
 
-def _policy_bars(plan: Plan, results: Results) -> list[Bar]:
-    bars = []
-    for traffic in plan.traffics:
-        fixed = {str(place): speeds(results[traffic.name, place]) for place in Place}
-        policy = speeds(results[traffic.name, POLICY])
-        bars.append(best_choice_bar(f"{traffic.name}, {POLICY}", policy, fixed, 0.97))
-    return bars
+def _policy_bars(policy: Mapping[Traffic, Pairs]) -> list[Bar]:
+    return [
+        ratio_bar(
+            f"{traffic.name}, {POLICY} / best fixed choice ({mine.fixed})",
+            speeds(mine.policy),
+            speeds(mine.other),
+            POLICY_AT_LEAST,
+        )
+        for traffic, mine in policy.items()
+    ]
 
 
 def _table(model: str, plan: Plan, results: Results) -> Table:

@@ -7,12 +7,15 @@ from benchmarks.tables import Row, bar_table, load_words, model_table, setup_lin
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Setup, throughput by traffic, stalls, what rounding changes, the policy's last moves, the bars."""
+    """Setup, throughput by traffic and of pairs, stalls, what rounding changes, the policy's last moves, the bars."""
     measured = [row for row in rows if row["kind"] == "merging"]
     parts = [setup_line(rows[0])]
     sent, rounds = measured[0]["requests_sent"], len(measured[0]["values"])
     parts.append(f"**{measured[0]['model']}**, {load_words(measured[0])}, {sent} requests a repeat, rounds: {rounds}.")
     parts.append(model_table(measured, {"traffic": "traffic", "variant": "hot adapter"}))
+    paired = [row for row in rows if row["kind"] == "pairs"]
+    parts.append(f"Back to back, {len(paired[0]['values'])} pairs each:")
+    parts.append(model_table(paired, {"traffic": "traffic", "variant": "hot adapter", "beside": "beside"}))
     parts.append(stall_table([row for row in rows if row["kind"] == "stall"]))
     parts.append(parity_table([row for row in rows if row["kind"] == "parity"]))
     parts.append(policy_table([row for row in rows if row["kind"] == "policy"]))
@@ -54,8 +57,8 @@ def parity_table(rows: Sequence[Row]) -> str:
 
 
 def policy_table(rows: Sequence[Row]) -> str:
-    """What the automatic policy came to, in every round."""
-    head = ["traffic", "settled after", "hot adapter then", "moves a round"]
+    """What the automatic policy came to, each time."""
+    head = ["traffic", "settled after", "hot adapter then", "moves"]
     body = []
     for traffic in dict.fromkeys(row["traffic"] for row in rows):
         mine = [row for row in rows if row["traffic"] == traffic]

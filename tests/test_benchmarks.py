@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import __main__ as program
-from benchmarks import dense, merge, plot, publish, serving, stall, traffic
-from benchmarks.bars import Bar, best_choice_bar, ratio_bar
+from benchmarks import dense, merge, plot, policy_pairs, publish, serving, stall, traffic
+from benchmarks.bars import Bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server, figures
 from benchmarks.random_models import Shape, random_base, random_lora, random_smoa
+from benchmarks.residence import Place
 from benchmarks.setup_facts import facts
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.cli.load import LoadResult, Sample
@@ -175,14 +179,12 @@ def test_traffic_has_the_shares_it_names() -> None:
 
 def test_merge_bars_compare_what_they_name() -> None:
     speed = {merge.BASE_ONLY: 100.0, "slot": 60.0, "resident": 80.0, "merged, compensate": 93.5}
-    speed |= {"merged, exclusive": 70.0, merge.POLICY: 90.0, merge.LORA: 30.0}
+    speed |= {"merged, exclusive": 70.0, merge.LORA: 30.0}
     found = {(traffic.name, variant): results(speed[variant]) for traffic, variant in merge._cases(merge.QUICK)}
     alone, hot = merge._pair_bars(found)
     assert (alone.name, alone.reached) == ("hot adapter alone, merged, compensate / base only", False)
     assert (hot.name, hot.reached) == ("90% hot, merged, compensate / base only", True)
-    bars = {bar.name: bar for bar in merge._policy_bars(merge.QUICK, found)}
-    policy = bars["90% hot, automatic policy / best fixed choice (merged, compensate)"]
-    assert (policy.figure, policy.reached) == (pytest.approx(90 / 93.5), False)
+    assert merge._best(found, traffic.HOT_90) == "merged, compensate"
 
 
 def test_pairs_are_back_to_back_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +204,40 @@ def test_pairs_are_back_to_back_in_both_orders(monkeypatch: pytest.MonkeyPatch) 
     assert {len(found) for found in pairs.values()} == {merge.QUICK.pairs}
 
 
-def test_the_best_choice_of_a_round_is_told_by_the_others() -> None:
-    choices = {"lucky once": [200.0, 50.0, 50.0], "good": [100.0, 100.0, 100.0]}
-    bar = best_choice_bar("policy", [97.0, 98.0, 99.0], choices, 0.97)
-    # Without the round with the luck "good" is the best; that round makes "lucky once" the best of the two others.
-    assert bar.name == "policy / best fixed choice (good, lucky once)"
-    assert bar.spread == (0.97, 1.98)
+def test_policy_and_best_choice_take_turns_on_both_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Adapter:
+        def __init__(self, server: str) -> None:
+            self._server = server
+
+        def bring(self, place: str) -> None:
+            happened.append(f"{self._server} {place}")
+
+        @contextmanager
+        def left_to_the_policy(self) -> Iterator[None]:
+            happened.append(f"{self._server} begins")
+            yield
+            happened.append(f"{self._server} ends")
+
+    def ask(server: int, _: object, seed: int) -> Repeat:
+        happened.append(f"{'ab'[server]}{seed}")
+        return results(90.0 if happened[-1] in ("a1", "a2", "b3", "b4") else 100.0)[0]
+
+    rest = policy_pairs.Settled("Zipf(1.0)", 9.0, True, [], "slot")
+    monkeypatch.setattr(policy_pairs, "settle", lambda *_: rest)
+    hots: Any = [Adapter("a"), Adapter("b")]
+    best = {traffic.ZIPF: Place.RESIDENT}
+    found, settled = policy_pairs.policy_pairs(hots, best, ask, 4, 90.0, Console(quiet=True))
+    assert happened[:4] == ["b resident", "a merged, compensate", "a begins", "a1"]
+    assert happened[3:8] == ["a1", "b1", "b2", "a2", "a ends"]
+    assert happened[8:] == ["a resident", "b merged, compensate", "b begins", "b3", "a3", "a4", "b4", "b ends"]
+    assert settled == [rest, rest]
+    (bar,) = merge._policy_bars(found)
+    assert (bar.name, bar.figure, bar.reached) == (
+        "Zipf(1.0), automatic policy / best fixed choice (resident)", 0.9, False,
+    )  # fmt: skip
+    assert len(found[traffic.ZIPF].policy) == len(found[traffic.ZIPF].other) == 4
 
 
 class Answers:
@@ -222,7 +252,7 @@ class Answers:
 
 def test_the_policy_has_settled_when_it_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(merge.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(policy_pairs.time, "monotonic", lambda: next(clock))
     old, new = ({"action": "merge", "name": name, "result": "merged"} for name in ("old", "new"))
     answers = [
         {"decisions": [old], "moving": None},
@@ -230,11 +260,11 @@ def test_the_policy_has_settled_when_it_moves_nothing(monkeypatch: pytest.Monkey
         {"decisions": [new, old], "moving": None},
     ]
     sent: list[int] = []
-    found = merge._settle(Answers(answers), traffic.ZIPF, sent.append, 90.0, 7)  # type: ignore[arg-type]
+    found = policy_pairs.settle(Answers(answers), traffic.ZIPF, sent.append, 90.0)  # type: ignore[arg-type]
     assert (found.settled, found.moves, found.hot) == (True, ["merge new: merged"], "slot")
-    assert (found.seconds, sent) == (20, [7, 8, 9, 10, 11])
+    assert (found.seconds, sent) == (20, [1000, 1001, 1002, 1003, 1004])
     restless = [{"decisions": [], "moving": "x to merged"}]
-    assert not merge._settle(Answers(restless), traffic.ZIPF, sent.append, 90.0, 0).settled  # type: ignore[arg-type]
+    assert not policy_pairs.settle(Answers(restless), traffic.ZIPF, sent.append, 90.0).settled  # type: ignore[arg-type]
 
 
 def test_stalls_are_counted_in_usual_steps() -> None:
@@ -250,6 +280,8 @@ def test_a_merge_result_is_published(tmp_path: Path) -> None:
     parity = {"place": "slot", "asked": "base", "largest": 0.5, "mean": 0.25, "best_agree": 0.5}
     lines: list[dict[str, object]] = [
         {"kind": "merging", "traffic": "90% hot", "variant": "slot", **load, **figures(results(10.0))},
+        {"kind": "pairs", "traffic": "90% hot", "variant": "automatic policy", "beside": "slot", **load,
+         **figures(results(11.0))},
         {"kind": "stall", "streams": 1, "usual_ms": 9.0, "usual_longest_ms": 12.0, "merge_ms": [20.0, 30.0, 25.0],
          "unmerge_ms": [11.0], "seconds": [1.5]},
         {"kind": "parity", **parity, "lost": 0.01, "largest_logprob_difference": 0.02, "tokens_agree": True},
@@ -264,6 +296,7 @@ def test_a_merge_result_is_published(tmp_path: Path) -> None:
     assert publish.main([str(result), "--root", str(tmp_path)]) == 0
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert "| 90% hot | slot | 10.0 |" in text
+    assert "| 90% hot | automatic policy | slot | 11.0 |" in text
     assert "| 1 | 9.0 | 12.0 | 25.0 (20.0 to 30.0) | 11.0 (11.0 to 11.0) | 1.5 s |" in text
     assert "removes 1.0% of the update" in text
     assert "| 90% hot | 12 s, 90 s (not) | slot, merged | 2, 0 |" in text
