@@ -11,6 +11,7 @@ namespace smoa {
 
 constexpr int kAmxRows = 16;     // rows of the other operand in a tile; all are always read
 constexpr int kAmxColumns = 32;  // of bf16 in a tile
+constexpr int kTilesAhead = 2;   // of W, that are on their way to the nearest cache
 constexpr int kSweepTiles = 6;   // of the other operand that one sweep over a panel can take
 
 // What `Amx<E>::sweep` multiplies a panel with: tiles of rows over all columns, then tiles of rows over a part of them.
@@ -74,6 +75,11 @@ struct Amx<Bf16> {
     }
   };
 
+  // Into the nearest cache: a load of a tile that finds nothing there holds up all products after it.
+  static void fetch_tile(const Bf16* tile) {
+    for (int row = 0; row < kAmxRows; ++row) _mm_prefetch(reinterpret_cast<const char*>(tile) + 64 * row, _MM_HINT_T0);
+  }
+
   // acc[p][r] = panel p of W times row r, of kAmxRows rows in memory; see multiply_tile.
   template <int P>
   [[gnu::noinline]] static void multiply(Session& session, const Bf16* w, int64_t panel_stride, const Bf16* rows,
@@ -131,6 +137,7 @@ struct Amx<Bf16> {
     for (int64_t j = 0; j < rows.steps; ++j) {
       const int count = j >= rows.part_step && j < rows.part_end ? all : wholes;
       ahead.fetch();
+      fetch_tile(panel + (j + kTilesAhead) * kAmxColumns * kLanes);
       _tile_loadd(6, panel + j * kAmxColumns * kLanes, 4 * kLanes);
       SMOA_STEP(0) SMOA_STEP(1) SMOA_STEP(2) SMOA_STEP(3) SMOA_STEP(4) SMOA_STEP(5)
     }

@@ -8,7 +8,9 @@ namespace smoa {
 // n columns of x in sorted order, padded with zeros.
 template <typename E>
 inline void sort_columns(const E* x, const int32_t* order, int64_t n, int64_t padded, E* sorted) {
-  for (int64_t j = 0; j < n; j += kLanes) store_first(sorted + j, gather_first(x, order + j, n - j), n - j);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store_first(sorted + j, gather_first(x, order + j, kLanes), kLanes);
+  if (j < n) store_first(sorted + j, gather_first(x, order + j, n - j), n - j);
   std::fill(sorted + n, sorted + padded, E{});
 }
 
@@ -36,13 +38,14 @@ inline void expand_rows(const E* sorted, const E* a, int64_t a_stride, int64_t r
     auto* first = job.row(block, row);
     if (width > block.packed_cols) std::fill(first, first + rank * width, typename Scheme<E>::Row{});
     auto* out = first + lead;
-    for (int64_t j = 0; j < block.packed_cols; j += kLanes) {
-      const int64_t cols = block.cols - j, padded = block.packed_cols - j;
+    const auto columns = [&](int64_t j, int64_t cols, int64_t padded) {
       const Floats x = load_first(sorted + block.packed_col + j, cols);
       for (int64_t rho = 0; rho < rank; ++rho)
-        store_first(out + rho * width + j, multiply(x, load_first(factors + rho * a_stride + j, cols)),
-                    padded);
-    }
+        store_first(out + rho * width + j, multiply(x, load_first(factors + rho * a_stride + j, cols)), padded);
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= block.cols; j += kLanes) columns(j, kLanes, kLanes);
+    if (j < block.packed_cols) columns(j, block.cols - j, block.packed_cols - j);
   }
 }
 
@@ -72,10 +75,14 @@ inline void join_ranks(const E* a, int64_t stride, int64_t rank, const Partition
 
 template <typename E>
 inline void prepare(const Call<E>& call, const Job<E>& job, const Row& source, E* sorted) {
+  const bool plain = source.position >= job.first_plain;
+  if constexpr (std::is_same_v<typename Scheme<E>::Row, E>)
+    if (plain) sorted = job.plain_row(source.position);
   sort_row(call.x + source.token * call.x_stride, call.h_in, *job.partition, sorted);
   if (source.rank > 0)
     expand_rows(sorted, call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
-  if (source.position >= job.first_plain) copy_row(sorted, job.partition->packed_cols, job.plain_row(source.position));
+  if constexpr (!std::is_same_v<typename Scheme<E>::Row, E>)
+    if (plain) copy_row(sorted, job.partition->packed_cols, job.plain_row(source.position));
 }
 
 // What the output of a job's slice adds, in sorted order.
