@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where docs/ and README.md are")
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for line in options.result.read_text(encoding="utf-8").splitlines()]
-    if rows[0]["what"] == "merge":
+    what = rows[0]["what"]
+    if what not in ("serving", "merge"):
+        parser.error(f"{options.result} is a result of {what!r}; allowed are serving and merge (kernels: "
+                     "python -m benchmarks.kernels.publish)")
+    if what == "merge":
         replace_section(options.root / "docs" / "performance.md", "merging", merge_publish.section(rows))
         return 0
     draw([row for row in rows if row["kind"] == "serving"], options.root / "docs" / "serving.png")

@@ -303,6 +303,14 @@ def test_a_merge_result_is_published(tmp_path: Path) -> None:
     assert "| stall | at most 2.00 | 1.50 |" in text
 
 
+def test_a_result_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "result.jsonl"
+    result.write_text('{"what": "kernels"}\n')
+    with pytest.raises(SystemExit):
+        publish.main([str(result), "--root", str(tmp_path)])
+    assert "is a result of 'kernels'; allowed are serving and merge" in capsys.readouterr().err
+
+
 def test_the_documents_have_the_markers() -> None:
     root = Path(__file__).resolve().parents[1]
     assert {"<!-- serving:end -->", "<!-- merging:end -->"} <= set(
