@@ -27,8 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [json.loads(line) for line in options.result.read_text(encoding="utf-8").splitlines()]
     what = rows[0]["what"]
     if what not in ("serving", "merge"):
-        parser.error(f"{options.result} is a result of {what!r}; allowed are serving and merge (kernels: "
-                     "python -m benchmarks.kernels.publish)")
+        parser.error(
+            f"{options.result} is a result of {what!r}; allowed are serving and merge (kernels: "
+            "python -m benchmarks.kernels.publish)"
+        )
     if what == "merge":
         replace_section(options.root / "docs" / "performance.md", "merging", merge_publish.section(rows))
         return 0

@@ -120,8 +120,11 @@ def test_the_demo_answers_in_every_style_and_stays_until_interrupted(tmp_path: P
     port = free_port()
     log = tmp_path / "demo.log"
     command = [sys.executable, "-m", "smoa_serve.demo", "run", "--keep", "--root", str(root), "--port", str(port)]
+    # A shell that runs the tests in its background lets all below it ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    signal.signal(signal.SIGINT, before)
     try:
         while "until Ctrl-C" not in log.read_text():
             assert process.poll() is None, log.read_text()
