@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.bars import Bar, ratio_bar
 from benchmarks.fleet import Load, Repeat, Server, figures, on_gpu, one_repeat, running, speeds
-from benchmarks.policy_pairs import LOOK_S, Pairs, policy_pairs
+from benchmarks.policy_pairs import LOOK_S, POLICY, Pairs, policy_pairs
 from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
 from benchmarks.residence import Hot, Place, difference, scores
 from benchmarks.stall import measure_stalls
@@ -26,7 +26,7 @@ RANK, NUM_BLOCKS = 16, 4
 LORA_RANK = RANK // NUM_BLOCKS  # equally many parameters
 ADAPTERS = 64
 SMOA, SECOND, LORA = "vLLM with smoa-serve", "another with smoa-serve", "vLLM with LoRA"
-BASE_ONLY, POLICY = "base only", "automatic policy"
+BASE_ONLY = "base only"
 HOT = "smoa-0"
 # Nats. The tests compare in float32; in bfloat16 the two ways round differently, a wrong weight is off by far more.
 CLOSE = 0.1

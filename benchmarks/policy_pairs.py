@@ -11,6 +11,7 @@ from benchmarks.fleet import Repeat
 from benchmarks.residence import Hot, Place
 from benchmarks.traffic import Traffic
 
+POLICY = "automatic policy"
 LOOK_S = 2  # how often the policy looks
 # It moves an adapter up after two looks that speak for it, down after three: after four without a move it has settled.
 SETTLED_S = 4.5 * LOOK_S
@@ -91,7 +92,7 @@ def policy_pairs(
                     for server in (automatic, 1 - automatic)[:: 1 if index % 2 == 0 else -1]:
                         one = ask(server, traffic, 1 + index + automatic * (pairs // 2))
                         (mine.policy if server == automatic else mine.other).append(one)
-                        words = "automatic policy" if server == automatic else str(mine.fixed)
+                        words = POLICY if server == automatic else str(mine.fixed)
                         console.print(f"pair {index + 1}: {traffic.name}: {words}: {one.words}", highlight=False)
     return found, settled
 

@@ -42,6 +42,12 @@ def _gone(doing: str) -> str:
     return f"the engine ended, and {doing} with it; restart the server"
 
 
+async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
+    """The answers of all workers to a method of `engine/rpc.py`; see `answered`."""
+    call: Awaitable[list[dict[str, Any]]] = engine.collective_rpc(method, args=arguments)
+    return await answered(engine, call, method)
+
+
 async def _ends(engine: Any) -> bool:
     """Whether the engine has ended, or is seen to within a moment."""
     until = monotonic() + _NOTICE_S

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import Gauge
 
 from smoa_serve.errors import MoveAbandonedError, MoveRefusedError
-from smoa_serve.http.engine_calls import answered
+from smoa_serve.http.engine_calls import answered, ask_workers
 from smoa_serve.http.revisions import Revision
 from smoa_serve.merge_loss import too_much_lost
 from smoa_serve.merge_policy import MergePolicy
@@ -156,8 +156,7 @@ class Ladder:
         Raises:
             EngineGoneError: the engine ended.
         """
-        call: Awaitable[list[dict[str, Any]]] = self._engine.collective_rpc(method, args=arguments)
-        return await answered(self._engine, call, method)
+        return await ask_workers(self._engine, method, *arguments)
 
     async def _demote(self, revision: Revision) -> None:
         await self.call("smoa_demote", revision.lora_int_id)

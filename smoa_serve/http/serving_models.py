@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
@@ -24,7 +24,7 @@ from smoa_serve.errors import (
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
-from smoa_serve.http.engine_calls import answered
+from smoa_serve.http.engine_calls import answered, ask_workers
 from smoa_serve.http.ladder import step_of
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
@@ -85,7 +85,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
             # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager
             # engine runs none: the first request would end it.
-            await self._workers("execute_dummy_batch")
+            await ask_workers(self.engine_client, "execute_dummy_batch")
         for module in self.static_lora_modules or []:
             if self.is_base_model(module.name) or module.name in self.revisions:
                 raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")
@@ -98,7 +98,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
             return
         try:
-            statuses = await self._workers("smoa_status")
+            statuses = await ask_workers(self.engine_client, "smoa_status")
         except EngineGoneError:
             raise
         except Exception as error:
@@ -106,10 +106,6 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         for status in statuses:
             if status.get("refusal"):
                 logger.warning("This engine serves LoRA adapters only: %s", status["refusal"])
-
-    async def _workers(self, method: str) -> list[dict[str, Any]]:
-        call: Awaitable[list[dict[str, Any]]] = self.engine_client.collective_rpc(method)
-        return await answered(self.engine_client, call, method)
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
@@ -221,7 +217,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides."""
         models = await super().show_available_models()
-        statuses = await self._workers("smoa_status") if self.revisions else []
+        statuses = await ask_workers(self.engine_client, "smoa_status") if self.revisions else []
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:

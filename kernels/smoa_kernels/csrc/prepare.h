@@ -8,9 +8,7 @@ namespace smoa {
 // n columns of x in sorted order, padded with zeros.
 template <typename E>
 inline void sort_columns(const E* x, const int32_t* order, int64_t n, int64_t padded, E* sorted) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) store_first(sorted + j, gather_first(x, order + j, kLanes), kLanes);
-  if (j < n) store_first(sorted + j, gather_first(x, order + j, n - j), n - j);
+  for (int64_t j = 0; j < n; j += kLanes) store_first(sorted + j, gather_first(x, order + j, n - j), n - j);
   std::fill(sorted + n, sorted + padded, E{});
 }
 
@@ -38,14 +36,13 @@ inline void expand_rows(const E* sorted, const E* a, int64_t a_stride, int64_t r
     auto* first = job.row(block, row);
     if (width > block.packed_cols) std::fill(first, first + rank * width, typename Scheme<E>::Row{});
     auto* out = first + lead;
-    const auto columns = [&](int64_t j, int64_t cols, int64_t padded) {
+    for (int64_t j = 0; j < block.packed_cols; j += kLanes) {
+      const int64_t cols = block.cols - j, padded = block.packed_cols - j;
       const Floats x = load_first(sorted + block.packed_col + j, cols);
       for (int64_t rho = 0; rho < rank; ++rho)
-        store_first(out + rho * width + j, multiply(x, load_first(factors + rho * a_stride + j, cols)), padded);
-    };
-    int64_t j = 0;
-    for (; j + kLanes <= block.cols; j += kLanes) columns(j, kLanes, kLanes);
-    if (j < block.packed_cols) columns(j, block.cols - j, block.packed_cols - j);
+        store_first(out + rho * width + j, multiply(x, load_first(factors + rho * a_stride + j, cols)),
+                    padded);
+    }
   }
 }
 

@@ -126,9 +126,7 @@ inline void add_permuted(E* y, const E* delta, const int32_t* inverse, int64_t l
 // y[i] = result[inverse[i]].
 template <typename E>
 inline void put_permuted(E* y, const E* result, const int32_t* inverse, int64_t size) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store_first(y + i, gather_first(result, inverse + i, kLanes), kLanes);
-  if (i < size) store_first(y + i, gather_first(result, inverse + i, size - i), size - i);
+  for (int64_t i = 0; i < size; i += kLanes) store_first(y + i, gather_first(result, inverse + i, size - i), size - i);
 }
 
 }  // namespace smoa
