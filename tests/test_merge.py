@@ -189,8 +189,9 @@ def test_memory_is_bounded_by_a_shard_not_by_the_model(tmp_path: Path) -> None:
         "print(peak() - before)\n"
     )
     arguments = [sys.executable, "-c", code, tmp_path / "base", tmp_path / "out"]
-    # One thread and one arena: what allocators keep per thread says nothing about what a merge needs.
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    # What allocators keep says nothing about what a merge needs: one thread, one arena, and every tensor mapped for
+    # itself, so that it goes back when it is freed.
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=quiet)
     peak_kib = int(done.stdout)
-    assert 0 < peak_kib < 80 * 2**10
+    assert 0 < peak_kib < 64 * 2**10  # a shard, its bytes for the file, one layer's update
