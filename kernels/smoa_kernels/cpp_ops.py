@@ -1,7 +1,7 @@
 """The delta by the C++ kernel: hands it the tables of the layer and of the step."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -38,6 +38,9 @@ class _Step(ctypes.Structure):
         ("form_per_rank", ctypes.c_double),
         ("resident", ctypes.c_double),
     ]
+
+
+_REPEATED = 256  # tokens of a step that is kept ready
 
 
 class LayerTable:
@@ -85,13 +88,39 @@ class StepTable:
         self.address = ctypes.addressof(self.step)
 
 
+class _Call:
+    """What a step does in a layer, made ready by the kernel."""
+
+    def __init__(self, layer: LayerTable, step: StepTable, whole: bool) -> None:
+        self._tables = layer, step  # the kernel reads them at every run
+        self._kernel = layer.kernel
+        self._handle = self._kernel.smoa_new_call(layer.address, step.address, whole)
+
+    def __del__(self) -> None:
+        self._kernel.smoa_delete_call(self._handle)
+
+    def run(self, y: Tensor, x: Tensor, plan: StepPlan, bias: Tensor | None) -> None:
+        """Writes y; see `_call`."""
+        scratch = plan.scratch(1)
+        needed = 1
+        while needed:
+            needed = self._kernel.smoa_run_call(
+                self._handle, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
+                scratch.data_ptr(), scratch.numel(), None if bias is None else bias.data_ptr(),
+            )  # fmt: skip
+            if needed:
+                scratch = plan.scratch(needed)
+
+
 @cache
-def _kernel(dtype: torch.dtype, instruction_set: str | None) -> Callable[..., int]:
-    function = library(dtype, instruction_set).smoa_delta
+def _kernel(dtype: torch.dtype, instruction_set: str | None) -> ctypes.CDLL:
+    kernel = library(dtype, instruction_set)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, size, pointer]
-    function.restype = size
-    return function
+    kernel.smoa_new_call.argtypes, kernel.smoa_new_call.restype = [pointer, pointer, size], pointer
+    kernel.smoa_delete_call.argtypes, kernel.smoa_delete_call.restype = [pointer], None
+    kernel.smoa_run_call.argtypes = [pointer, pointer, size, pointer, size, pointer, size, pointer]
+    kernel.smoa_run_call.restype = size
+    return kernel
 
 
 def _partition_row(partition: Partition, orders: tuple[Tensor, Tensor]) -> tuple[int, ...]:
@@ -198,14 +227,12 @@ def _call(
     bias: Tensor | None,
 ) -> None:
     cost = cost or bank.cost
-    table = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
-    step = plan.cached(("cpp", cost), lambda: StepTable(plan, cost))
-    scratch = plan.scratch(1)
-    needed = 1
-    while needed:
-        needed = table.kernel(
-            table.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
-            scratch.data_ptr(), scratch.numel(), whole, None if bias is None else bias.data_ptr(),
-        )  # fmt: skip
-        if needed:
-            scratch = plan.scratch(needed)
+
+    def make() -> _Call:
+        layer = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
+        return _Call(layer, plan.cached(("cpp", cost), lambda: StepTable(plan, cost)), whole)
+
+    # Decoding repeats a step; one with more tokens will not come again, and would only be held.
+    again = plan.num_tokens <= _REPEATED
+    key = ("call", instruction_set, cost, whole, id(plan))
+    (bank.memo(key, plan.version, make) if again else make()).run(y, x, plan, bias)

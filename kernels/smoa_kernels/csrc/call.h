@@ -1,4 +1,5 @@
-// One call: its jobs and tiles, made from the tables, and where they find their scratch memory.
+// What one step does in one layer: its jobs and tiles, made from the tables once and run whenever the step comes again, and
+// where they find their scratch memory.
 #pragma once
 
 #include <omp.h>
@@ -14,25 +15,18 @@ struct Call {
   const Step& step;
   const Slice<E>* slices;
   int64_t h_in;
-  E* y;
-  int64_t y_stride;
-  const E* x;
-  int64_t x_stride;
-  bool whole;     // the output is written, base product included
-  const E* bias;  // of the output
+  bool whole;  // the output is written, base product included
+  Tensors<E> tensors;
   std::vector<Job<E>> jobs;
   std::vector<Row> sources;
   std::vector<Pairing> pairings;
-  std::vector<const Job<E>*> biased;
   std::vector<Tile<E>> tiles;
   std::vector<Output> outputs;
   int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
   char* thread_space = nullptr;
 
-  Call(const Layer<E>& layer, const Step& step, E* y, int64_t y_stride, const E* x, int64_t x_stride, bool whole,
-       const E* bias)
-      : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), y(y), y_stride(y_stride), x(x),
-        x_stride(x_stride), whole(whole), bias(bias) {
+  Call(const Layer<E>& layer, const Step& step, bool whole)
+      : layer(layer), step(step), slices(layer.slices), h_in(layer.h_in), whole(whole) {
     std::vector<int32_t> job_of(layer.num_partitions, -1);
     for (int64_t slice = 0; slice < layer.num_slices; ++slice) {
       if (whole) job(slice, slices[slice].whole, job_of);
@@ -61,8 +55,16 @@ struct Call {
     if (index < 0) {
       index = static_cast<int32_t>(jobs.size());
       jobs.emplace_back();
-      jobs.back().slice = slice;
-      jobs.back().partition = &layer.partitions[partition];
+      Job<E>& made = jobs.back();
+      made.slice = slice;
+      made.partition = &layer.partitions[partition];
+      made.gridded = whole && Amx<E>::kUsed;
+      for (int64_t k = 0; k < made.partition->num_blocks; ++k) {
+        const int64_t width = made.width(made.partition->blocks[k]);
+        made.first_column.push_back(made.columns);
+        made.columns += width;
+        made.widest = std::max(made.widest, width);
+      }
     }
     return index;
   }
@@ -159,25 +161,15 @@ struct Call {
       const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
       sorted_bytes = std::max(sorted_bytes, (kSize * part.packed_cols + 63) & ~int64_t{63});
-      job.gridded = whole && Amx<E>::kUsed;
-      int64_t widest = 0, columns = 0;
-      for (int64_t k = 0; k < part.num_blocks; ++k) {
-        job.first_column.push_back(columns);
-        columns += job.width(part.blocks[k]);
-        widest = std::max(widest, job.width(part.blocks[k]));
-      }
       constexpr auto kRowSize = static_cast<int64_t>(sizeof(typename S::Row));
       job.result_stride = (h_out + 31) & ~int64_t{31};
       job.result = reinterpret_cast<E*>(take(job.num_tokens() * job.result_stride * kSize));
       const auto expanded = static_cast<int64_t>(job.expanded.size());
-      job.rows = reinterpret_cast<typename S::Row*>(take((expanded * columns + kSpare * widest) * kRowSize));
+      job.rows = reinterpret_cast<typename S::Row*>(take((expanded * job.columns + kSpare * job.widest) * kRowSize));
       job.plain_stride = ((part.packed_cols + 31) & ~int64_t{31}) | 32;  // an odd number of lines, as the ways of a cache
       const int64_t plain = job.num_tokens() - job.first_plain;
       job.plain = reinterpret_cast<typename S::Row*>(take((plain + kSpare) * job.plain_stride * kRowSize));
-      if (whole && bias) {
-        job.bias = reinterpret_cast<float*>(take(h_out * static_cast<int64_t>(sizeof(float))));
-        biased.push_back(&job);
-      }
+      if (tensors.bias) job.bias = reinterpret_cast<float*>(take(h_out * static_cast<int64_t>(sizeof(float))));
       for (AloneGroup<E>& group : job.groups)
         if (!group.resident)
           group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));

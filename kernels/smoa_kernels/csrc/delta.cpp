@@ -252,7 +252,7 @@ template <typename E>
 static void write_output(const Call<E>& call, const Output& output) {
   const Job<E>& job = call.jobs[output.job];
   const Slice<E>& slice = call.slices[job.slice];
-  E* y = call.y + output.token * call.y_stride + slice.y_offset;
+  E* y = call.tensors.y + output.token * call.tensors.y_stride + slice.y_offset;
   const E* result = job.result + output.position * job.result_stride;
   if (call.whole)
     put_permuted(y, result, job.partition->row_inverse, slice.h_out);
@@ -285,7 +285,7 @@ static void wait_for(const std::atomic<size_t>& done, size_t all) {
 // cores are often shared with the HTTP server) holds up nobody before the end.
 template <typename E>
 static void run(const Call<E>& call) {
-  const size_t items = call.sources.size() + call.pairings.size() + call.biased.size();
+  const size_t items = call.sources.size() + call.pairings.size() + (call.tensors.bias ? call.jobs.size() : 0);
   // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
   const size_t run = std::clamp<size_t>(call.tiles.size() / (16 * omp_get_max_threads()), 1, 8);
   std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
@@ -314,14 +314,22 @@ using Element = SMOA_ELEMENT;
 
 }  // namespace smoa
 
-// Adds the delta to y, or, where `whole` says so, writes the layer's output with it: then every slice needs a partition
-// whose weight is whole, and those of the step's adapters have to be these. Returns 0, or the bytes of scratch needed
-// when `scratch_bytes` is too small: then nothing is written.
+// What a step does in a layer, to be run as often as it comes; the tables have to stay as long. With `whole` it is the
+// layer's output: then every slice needs a partition whose weight is whole, and those of the step's adapters have to be
+// these. Else it is the delta.
+extern "C" void* smoa_new_call(const smoa::Layer<smoa::Element>* layer, const smoa::Step* step, int64_t whole) {
+  return new smoa::Call<smoa::Element>(*layer, *step, whole != 0);
+}
+
+extern "C" void smoa_delete_call(void* call) { delete static_cast<smoa::Call<smoa::Element>*>(call); }
+
+// Writes the output, or adds the delta to y. Returns 0, or the bytes of scratch needed when `scratch_bytes` is too small:
+// then nothing is written.
 //   bias: [H_out] in native order, null for none; of the output.
-extern "C" int64_t smoa_delta(const smoa::Layer<smoa::Element>* layer, const smoa::Step* step, smoa::Element* y,
-                              int64_t y_stride, const smoa::Element* x, int64_t x_stride, char* scratch,
-                              int64_t scratch_bytes, int64_t whole, const smoa::Element* bias) {
-  smoa::Call<smoa::Element> call(*layer, *step, y, y_stride, x, x_stride, whole != 0, bias);
+extern "C" int64_t smoa_run_call(void* handle, smoa::Element* y, int64_t y_stride, const smoa::Element* x,
+                                 int64_t x_stride, char* scratch, int64_t scratch_bytes, const smoa::Element* bias) {
+  auto& call = *static_cast<smoa::Call<smoa::Element>*>(handle);
+  call.tensors = {y, y_stride, x, x_stride, bias};
   const int64_t needed = call.place(scratch);
   if (needed > scratch_bytes) return needed;
   smoa::run(call);

@@ -48,6 +48,7 @@ struct Job {  // one partition of one slice; its tokens: those that expand, then
   float* bias = nullptr;  // in sorted order, null where there is none
   bool gridded = false;   // expanded rows are padded to whole tiles of the columns of the whole weight
   std::vector<int64_t> first_column;  // of each block's expanded rows, among the columns of all
+  int64_t columns = 0, widest = 0;    // of all blocks' expanded rows, and of the widest block's
   std::vector<ExpandRow<E>> expanded;
   std::vector<int32_t> expand_tokens;
   std::vector<Chunk> chunks;
@@ -74,6 +75,15 @@ struct Tile {  // some panels of one block: the unit of parallel work
   const Block* block;
   const E* weights;
   int64_t first_panel, row_start, num_rows;  // rows of the block from here on
+};
+
+template <typename E>
+struct Tensors {  // what one run of a call reads and writes
+  E* y = nullptr;
+  int64_t y_stride = 0;
+  const E* x = nullptr;
+  int64_t x_stride = 0;
+  const E* bias = nullptr;  // of the output, null for none
 };
 
 enum class Way { kExpand, kModulate, kResident };

@@ -75,7 +75,7 @@ inline void prepare(const Call<E>& call, const Job<E>& job, const Row& source, E
   const bool plain = source.position >= job.first_plain;
   if constexpr (std::is_same_v<typename Scheme<E>::Row, E>)
     if (plain) sorted = job.plain_row(source.position);
-  sort_row(call.x + source.token * call.x_stride, call.h_in, *job.partition, sorted);
+  sort_row(call.tensors.x + source.token * call.tensors.x_stride, call.h_in, *job.partition, sorted);
   if (source.rank > 0)
     expand_rows(sorted, call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
   if constexpr (!std::is_same_v<typename Scheme<E>::Row, E>)
@@ -87,7 +87,7 @@ template <typename E>
 inline void sort_bias(const Call<E>& call, const Job<E>& job) {
   const Slice<E>& slice = call.slices[job.slice];
   for (int64_t i = 0; i < slice.h_out; ++i)
-    job.bias[job.partition->row_inverse[i]] = widen(call.bias[slice.y_offset + i]);
+    job.bias[job.partition->row_inverse[i]] = widen(call.tensors.bias[slice.y_offset + i]);
 }
 
 template <typename E>
@@ -105,7 +105,7 @@ inline void prepare_item(const Call<E>& call, size_t i, E* sorted) {
     join_ranks(call.factor_a(job.slice, group.slot), call.h_in, group.rank, *job.partition, group.a);
     return;
   }
-  sort_bias(call, *call.biased[i - call.pairings.size()]);
+  sort_bias(call, call.jobs[i - call.pairings.size()]);
 }
 
 }  // namespace smoa
