@@ -22,7 +22,8 @@ struct Call {
   std::vector<Pairing> pairings;
   std::vector<Tile<E>> tiles;
   std::vector<Output> outputs;
-  int64_t sorted_bytes = 0, panel_bytes = 0, factor_bytes = 0;
+  std::vector<Batch> source_batches, output_batches;
+  int64_t sorted_bytes = 0, mixed_bytes = 0, panel_bytes = 0, factor_bytes = 0;
   char* thread_space = nullptr;
 
   Call(const Layer<E>& layer, const Step& step, bool whole)
@@ -33,6 +34,8 @@ struct Call {
       for (int64_t g = 0; g < step.num_groups; ++g) add_group(slice, step.groups[g], job_of);
     }
     for (size_t j = 0; j < jobs.size(); ++j) add_rows(static_cast<int32_t>(j));
+    source_batches = batches(sources);
+    output_batches = batches(outputs);
     for (int most = sweeping() ? 1 : kMaxPanels<E>; most > 0; most /= 2) {
       tiles.clear();
       for (size_t j = 0; j < jobs.size(); ++j) add_tiles(static_cast<int32_t>(j), most);
@@ -128,6 +131,18 @@ struct Call {
     sources.push_back({j, 0, 0, token, static_cast<int32_t>(position), 0});
   }
 
+  // Four by four where so many follow each other in a job, the others one by one.
+  template <typename Item>
+  static std::vector<Batch> batches(const std::vector<Item>& items) {
+    std::vector<Batch> found;
+    for (size_t i = 0; i < items.size(); i += found.back().count) {
+      int alike = 1;
+      while (alike < kFour && i + alike < items.size() && items[i + alike].job == items[i].job) ++alike;
+      found.push_back({i, kTakesFours<E> && alike == kFour ? kFour : 1});
+    }
+    return found;
+  }
+
   // Each block in groups of at most `most` panels, of nearly equal size.
   void add_tiles(int32_t j, int64_t most) {
     const Partition<E>& part = *jobs[j].partition;
@@ -161,6 +176,7 @@ struct Call {
       const Partition<E>& part = *job.partition;
       const int64_t h_out = slices[job.slice].h_out;
       sorted_bytes = std::max(sorted_bytes, (kSize * part.packed_cols + 63) & ~int64_t{63});
+      mixed_bytes = std::max(mixed_bytes, kSize * kFour * ((std::max(h_in, h_out) + 31) & ~int64_t{31}));
       constexpr auto kRowSize = static_cast<int64_t>(sizeof(typename S::Row));
       job.result_stride = (h_out + 31) & ~int64_t{31};
       job.result = reinterpret_cast<E*>(take(job.num_tokens() * job.result_stride * kSize));
@@ -176,14 +192,20 @@ struct Call {
     }
     panel_bytes = (panel_bytes + 63) & ~int64_t{63};
     factor_bytes = steps(layer.max_rank) * kMaxPanels<E> * static_cast<int64_t>(sizeof(typename S::Operand));
-    thread_space = take(omp_get_max_threads() * (sorted_bytes + panel_bytes + factor_bytes));
+    thread_space = take(omp_get_max_threads() * thread_bytes());
     return next - base;
   }
 
+  int64_t thread_bytes() const { return kFour * sorted_bytes + mixed_bytes + panel_bytes + factor_bytes; }
+
   Workspace<E> workspace(int thread) const {
-    char* space = thread_space + thread * (sorted_bytes + panel_bytes + factor_bytes);
-    return {{}, reinterpret_cast<E*>(space), reinterpret_cast<typename S::Formed*>(space + sorted_bytes),
-            reinterpret_cast<typename S::Operand*>(space + sorted_bytes + panel_bytes)};
+    char* space = thread_space + thread * thread_bytes();
+    const auto sorted = [&](int k) { return reinterpret_cast<E*>(space + k * sorted_bytes); };
+    char* mixed = space + kFour * sorted_bytes;
+    char* panels = mixed + mixed_bytes;
+    return {{}, {sorted(0), sorted(1), sorted(2), sorted(3)}, reinterpret_cast<E*>(mixed),
+            reinterpret_cast<typename S::Formed*>(panels),
+            reinterpret_cast<typename S::Operand*>(panels + panel_bytes)};
   }
 };
 

@@ -246,18 +246,30 @@ static void run_tile(const Call<E>& call, size_t index, Workspace<E>& space) {
   });
 }
 
-// One token's result of one slice into y. Only here is y written: blocks interleave in it, so tiles that wrote it
-// themselves would take each other's cache lines away.
+// A batch of results into y. Only here is y written: blocks interleave in it, so tiles that wrote it themselves would take
+// each other's cache lines away.
 template <typename E>
-static void write_output(const Call<E>& call, const Output& output) {
-  const Job<E>& job = call.jobs[output.job];
+static void write_output(const Call<E>& call, const Batch& batch, E* mixed) {
+  const Output* outputs = &call.outputs[batch.first];
+  const Job<E>& job = call.jobs[outputs->job];
   const Slice<E>& slice = call.slices[job.slice];
-  E* y = call.tensors.y + output.token * call.tensors.y_stride + slice.y_offset;
-  const E* result = job.result + output.position * job.result_stride;
+  const int32_t* inverse = job.partition->row_inverse;
+  const int64_t live = job.partition->live_rows;
+  const auto y = [&](int k) { return call.tensors.y + outputs[k].token * call.tensors.y_stride + slice.y_offset; };
+  const auto result = [&](int k) { return job.result + outputs[k].position * job.result_stride; };
+  if constexpr (kTakesFours<E>)
+    if (batch.count == kFour) {
+      mix({result(0), result(1), result(2), result(3)}, call.whole ? slice.h_out : live, mixed);
+      if (call.whole)
+        put_permuted(mixed, inverse, slice.h_out, {y(0), y(1), y(2), y(3)});
+      else
+        add_permuted(mixed, inverse, live, slice.h_out, {y(0), y(1), y(2), y(3)});
+      return;
+    }
   if (call.whole)
-    put_permuted(y, result, job.partition->row_inverse, slice.h_out);
+    put_permuted(y(0), result(0), inverse, slice.h_out);
   else
-    add_permuted(y, result, job.partition->row_inverse, job.partition->live_rows, slice.h_out);
+    add_permuted(y(0), result(0), inverse, live, slice.h_out);
 }
 
 constexpr int64_t kBeginBytes = 384 << 10;  // of weights that a thread fetches while x is prepared: a part of its cache
@@ -285,17 +297,16 @@ static void wait_for(const std::atomic<size_t>& done, size_t all) {
 // cores are often shared with the HTTP server) holds up nobody before the end.
 template <typename E>
 static void run(const Call<E>& call) {
-  const size_t items = call.sources.size() + call.pairings.size() + (call.tensors.bias ? call.jobs.size() : 0);
+  const size_t items = call.source_batches.size() + call.pairings.size() + (call.tensors.bias ? call.jobs.size() : 0);
   // Neighbouring tiles, so that a thread can fetch the next one's weights ahead; enough runs to share them out evenly.
   const size_t run = std::clamp<size_t>(call.tiles.size() / (16 * omp_get_max_threads()), 1, 8);
   std::atomic<size_t> next_item{0}, items_done{0}, next_run{0}, tiles_done{0}, next_output{0};
 #pragma omp parallel
   {
     Workspace<E> space = call.workspace(omp_get_thread_num());
-    Ahead first = begin_ahead(call, static_cast<int64_t>(items) / omp_get_num_threads());
+    Ahead first = begin_ahead(call, static_cast<int64_t>(call.sources.size()) / omp_get_num_threads());
     for (size_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      first.fetch();
-      prepare_item(call, i, space.sorted);
+      prepare_item(call, i, space, first);
       items_done.fetch_add(1, std::memory_order_release);
     }
     wait_for(items_done, items);
@@ -305,8 +316,8 @@ static void run(const Call<E>& call) {
       tiles_done.fetch_add(end - i, std::memory_order_release);
     }
     wait_for(tiles_done, call.tiles.size());
-    for (size_t i; (i = next_output.fetch_add(1, std::memory_order_relaxed)) < call.outputs.size();)
-      write_output(call, call.outputs[i]);
+    for (size_t i; (i = next_output.fetch_add(1, std::memory_order_relaxed)) < call.output_batches.size();)
+      write_output(call, call.output_batches[i], space.mixed);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fours.h"
 #include "products.h"
 #include "tables.h"
 
@@ -106,10 +107,16 @@ struct Output {
   int32_t job, position, token;
 };
 
+struct Batch {  // of sources or outputs of one job, that are permuted together
+  size_t first;
+  int count;  // kFour or 1
+};
+
 template <typename E>
 struct Workspace {
   typename Amx<E>::Session amx;
-  E* sorted;  // one row of x
+  E* sorted[kFour];  // rows of x
+  E* mixed;          // the elements of four rows
   typename Scheme<E>::Formed* panels;
   typename Scheme<E>::Operand* factors;
 };

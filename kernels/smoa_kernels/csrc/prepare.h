@@ -12,17 +12,44 @@ inline void sort_columns(const E* x, const int32_t* order, int64_t n, int64_t pa
   std::fill(sorted + n, sorted + padded, E{});
 }
 
-// Columns of x in sorted order, those of each block padded to whole groups, and so those of none where the weight is
-// whole.
+// Of four rows that are mixed.
 template <typename E>
-inline void sort_row(const E* x, int64_t size, const Partition<E>& part, E* sorted) {
+inline void sort_columns(const E* mixed, const int32_t* order, int64_t n, int64_t padded, E* const (&sorted)[kFour]) {
+  put_permuted(mixed, order, n, sorted);
+  for (E* row : sorted) std::fill(row + n, row + padded, E{});
+}
+
+// f(first column in sorted order, how many, where they stand, how many are there with the padding): the columns of each
+// block, padded to whole groups, and so those of none where the weight is whole.
+template <typename E, typename F>
+inline void for_columns(int64_t size, const Partition<E>& part, F&& f) {
   int64_t col = 0, packed = 0;
   for (int64_t k = 0; k < part.num_blocks; ++k) {
     const Block& block = part.blocks[k];
-    sort_columns(x, part.col_order + col, block.cols, block.packed_cols, sorted + packed);
+    f(col, block.cols, packed, block.packed_cols);
     col += block.cols, packed += block.packed_cols;
   }
-  if (part.whole) sort_columns(x, part.col_order + col, size - col, part.packed_cols - packed, sorted + packed);
+  if (part.whole) f(col, size - col, packed, part.packed_cols - packed);
+}
+
+// x of a batch's tokens in sorted order.
+template <typename E>
+inline void sort_rows(const Call<E>& call, const Job<E>& job, const Row* sources, int count, E* mixed,
+                      E* const (&sorted)[kFour]) {
+  const int32_t* order = job.partition->col_order;
+  const auto x = [&](int k) { return call.tensors.x + sources[k].token * call.tensors.x_stride; };
+  if constexpr (kTakesFours<E>)
+    if (count == kFour) {
+      mix({x(0), x(1), x(2), x(3)}, call.h_in, mixed);
+      for_columns(call.h_in, *job.partition, [&](int64_t col, int64_t n, int64_t packed, int64_t padded) {
+        sort_columns(mixed, order + col, n, padded,
+                     {sorted[0] + packed, sorted[1] + packed, sorted[2] + packed, sorted[3] + packed});
+      });
+      return;
+    }
+  for_columns(call.h_in, *job.partition, [&](int64_t col, int64_t n, int64_t packed, int64_t padded) {
+    sort_columns(x(0), order + col, n, padded, sorted[0] + packed);
+  });
 }
 
 // The rows a_rho * x of one token.
@@ -71,15 +98,26 @@ inline void join_ranks(const E* a, int64_t stride, int64_t rank, const Partition
 }
 
 template <typename E>
-inline void prepare(const Call<E>& call, const Job<E>& job, const Row& source, E* sorted) {
-  const bool plain = source.position >= job.first_plain;
-  if constexpr (std::is_same_v<typename Scheme<E>::Row, E>)
-    if (plain) sorted = job.plain_row(source.position);
-  sort_row(call.tensors.x + source.token * call.tensors.x_stride, call.h_in, *job.partition, sorted);
-  if (source.rank > 0)
-    expand_rows(sorted, call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
-  if constexpr (!std::is_same_v<typename Scheme<E>::Row, E>)
-    if (plain) copy_row(sorted, job.partition->packed_cols, job.plain_row(source.position));
+inline void prepare(const Call<E>& call, const Batch& batch, const Workspace<E>& space, Ahead& ahead) {
+  constexpr bool kSame = std::is_same_v<typename Scheme<E>::Row, E>;
+  const Row* sources = &call.sources[batch.first];
+  const Job<E>& job = call.jobs[sources->job];
+  const auto plain = [&](int k) { return k < batch.count && sources[k].position >= job.first_plain; };
+  E* sorted[kFour];
+  for (int k = 0; k < kFour; ++k) {
+    sorted[k] = space.sorted[k];
+    if constexpr (kSame)
+      if (plain(k)) sorted[k] = job.plain_row(sources[k].position);
+  }
+  sort_rows(call, job, sources, batch.count, space.mixed, sorted);
+  for (int k = 0; k < batch.count; ++k) {
+    ahead.fetch();
+    const Row& source = sources[k];
+    if (source.rank > 0)
+      expand_rows(sorted[k], call.factor_a(job.slice, source.slot), call.h_in, source.rank, job, source.row);
+    if constexpr (!kSame)
+      if (plain(k)) copy_row(sorted[k], job.partition->packed_cols, job.plain_row(source.position));
+  }
 }
 
 // What the output of a job's slice adds, in sorted order.
@@ -91,13 +129,12 @@ inline void sort_bias(const Call<E>& call, const Job<E>& job) {
 }
 
 template <typename E>
-inline void prepare_item(const Call<E>& call, size_t i, E* sorted) {
-  if (i < call.sources.size()) {
-    const Row& source = call.sources[i];
-    prepare(call, call.jobs[source.job], source, sorted);
+inline void prepare_item(const Call<E>& call, size_t i, const Workspace<E>& space, Ahead& ahead) {
+  if (i < call.source_batches.size()) {
+    prepare(call, call.source_batches[i], space, ahead);
     return;
   }
-  i -= call.sources.size();
+  i -= call.source_batches.size();
   if (i < call.pairings.size()) {
     const Pairing& p = call.pairings[i];
     const Job<E>& job = call.jobs[p.job];
