@@ -30,11 +30,13 @@ class CostModel:
             overhead).
         form_per_rank: of forming them: the part per live rank of the adapter.
         resident: of reading an adapter's own blocks instead of those that all adapters share.
+        beside: what a group costs in one pass with the base product, as a share of what it costs apart.
     """
 
     form: float
     form_per_rank: float
     resident: float
+    beside: float = 1.0
 
     def way(self, tokens: int, rank: int, has_resident: bool) -> Way:
         """The cheapest way for `tokens` tokens of one adapter of this live rank.
@@ -55,8 +57,9 @@ class CostModel:
 # From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
 CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
-# Likewise, where the tile unit multiplies: rows cost little beside forming and reading.
-TILES_COST = CostModel(form=12.0, form_per_rank=9.0, resident=40.0)
+# Likewise, where the tile unit multiplies: rows cost little beside forming and reading. One pass by 80 to 1,024 tokens took
+# from 0.94 to 1.25 of the base product's time, and the two groups of calls apart as much as 40 + 1.1 tokens of others.
+TILES_COST = CostModel(form=12.0, form_per_rank=9.0, resident=40.0, beside=0.15)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
 # Where `python -m benchmarks tune` was never run.
@@ -89,7 +92,8 @@ def _cost_model(implementation: str, device: torch.device, dtype: torch.dtype, t
     wanted = (device_name(device), implementation, str(dtype).removeprefix("torch."), threads)
     for cost in _stored():
         if cost.key == wanted:
-            return CostModel(cost.form, cost.form_per_rank, cost.resident)
+            beside = default_cost(implementation, device, dtype).beside  # not measured by `tune`
+            return CostModel(cost.form, cost.form_per_rank, cost.resident, beside)
     return default_cost(implementation, device, dtype)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from smoa_kernels import LayerBank
-from smoa_kernels.cost import CPP_COST
+from smoa_kernels.cost import CPP_COST, CostModel
 from torch import Tensor
 
 from smoa_serve.engine.exchange import WeightExchange, exchange_of
@@ -192,17 +192,10 @@ class Merger:
             return False
         if not self.switches_freely:
             return True
-        # In rows through the blocks, as the kernels' cost model counts: the original weights need the adapter's own
-        # delta, the merged ones what all others take back. Where it is not one pass, the blocks are read once more.
-        apart = not (self._one_pass and present.keys() <= slots.keys())
-        original = self._delta_rows(own) + (self._cost.resident if own and apart else 0.0)
-        others = present.keys() & slots.keys()
-        merged = present.total() + self._cost.resident * (2 if others else 1)
-        return merged < original
-
-    def _delta_rows(self, tokens: int) -> float:
-        rank = self._rank
-        return min(tokens * rank, tokens + self._cost.form + self._cost.form_per_rank * rank) if tokens else 0.0
+        one_pass = self._one_pass and present.keys() <= slots.keys()
+        return merged_is_cheaper(
+            self._cost, self._rank, own, present.total(), bool(present.keys() & slots.keys()), one_pass
+        )
 
     @torch.inference_mode()
     def set_active(self, active: bool) -> None:
@@ -245,6 +238,26 @@ class Merger:
             layer.smoa_weight.close()
             layer.smoa_weight.reset_original()
         self._exchanges, self._staged, self.merged = {}, None, False
+
+
+def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapters: bool, one_pass: bool) -> bool:
+    """Whether a step takes less time on the merged weights, where the original ones are at hand too.
+
+    Counted in rows through the blocks: the original weights need the merged adapter's own delta, the merged ones what all
+    others take back.
+
+    Args:
+        cost: of the kernel; rank: highest of the merged adapter in any layer.
+        own: tokens of the merged adapter; others: all other tokens, at least one.
+        adapters: whether some of these have an adapter; one_pass: whether all have one that the original weights serve
+            in one pass. Where it is not one pass, the blocks are read once more.
+    """
+    original = min(own * rank, own + cost.form + cost.form_per_rank * rank) if own else 0.0
+    if one_pass:
+        original *= cost.beside
+    elif own:
+        original += cost.resident
+    return others + cost.resident * (2 if adapters else 1) < original
 
 
 def _named(names: Sequence[str]) -> str:
