@@ -11,7 +11,7 @@ namespace smoa {
 
 constexpr int kAmxRows = 16;     // rows of the other operand in a tile; all are always read
 constexpr int kAmxColumns = 32;  // of bf16 in a tile
-constexpr int kTilesAhead = 2;   // of W, that are on their way to the nearest cache
+constexpr int kTilesAhead = 2;   // that are on their way to the nearest cache
 constexpr int kSweepTiles = 6;   // of the other operand that one sweep over a panel can take
 
 // What `Amx<E>::sweep` multiplies a panel with: tiles of rows over all columns, then tiles of rows over a part of them.
@@ -76,8 +76,9 @@ struct Amx<Bf16> {
   };
 
   // Into the nearest cache: a load of a tile that finds nothing there holds up all products after it.
-  static void fetch_tile(const Bf16* tile) {
-    for (int row = 0; row < kAmxRows; ++row) _mm_prefetch(reinterpret_cast<const char*>(tile) + 64 * row, _MM_HINT_T0);
+  static void fetch_tile(const Bf16* tile, int64_t row_bytes = 64) {
+    for (int row = 0; row < kAmxRows; ++row)
+      _mm_prefetch(reinterpret_cast<const char*>(tile) + row_bytes * row, _MM_HINT_T0);
   }
 
   // acc[p][r] = panel p of W times row r, of kAmxRows rows in memory; see multiply_tile.
@@ -94,11 +95,13 @@ struct Amx<Bf16> {
     const int64_t row_bytes = row_stride * 2, whole = groups / kPairs;
     for (int64_t j = 0; j < whole; ++j, w += kTile, rows += 2 * kPairs) {
       ahead.fetch();
-#define SMOA_STEP(panel, left, right)                          \
-  if constexpr (P > panel) {                                   \
-    _tile_loadd(right, w + panel * panel_stride, 4 * kLanes);  \
-    _tile_dpbf16ps(panel, left, right);                        \
+#define SMOA_STEP(panel, left, right)                           \
+  if constexpr (P > panel) {                                    \
+    fetch_tile(w + panel * panel_stride + kTilesAhead * kTile); \
+    _tile_loadd(right, w + panel * panel_stride, 4 * kLanes);   \
+    _tile_dpbf16ps(panel, left, right);                         \
   }
+      fetch_tile(rows + kTilesAhead * 2 * kPairs, row_bytes);
       _tile_loadd(4, rows, row_bytes);
       SMOA_STEP(0, 4, 5) SMOA_STEP(1, 4, 5) SMOA_STEP(2, 4, 5) SMOA_STEP(3, 4, 5)
     }
