@@ -119,10 +119,12 @@ def _entry(name: str, device: torch.device, cost: CostModel) -> TunedCost:
         implementation=name,
         dtype=str(DTYPE).removeprefix("torch."),
         threads=torch.get_num_threads() if device.type == "cpu" else None,
-        form=cost.form,
-        form_per_rank=cost.form_per_rank,
-        resident=cost.resident,
+        **_fitted(cost),
     )
+
+
+def _fitted(cost: CostModel) -> dict[str, float]:
+    return {"form": cost.form, "form_per_rank": cost.form_per_rank, "resident": cost.resident}
 
 
 def _summary(name: str, points: Sequence[Timed], before: CostModel, after: CostModel) -> dict[str, object]:
@@ -131,8 +133,8 @@ def _summary(name: str, points: Sequence[Timed], before: CostModel, after: CostM
     return {
         "kind": "tuned",
         "implementation": name,
-        "constants": vars(after),
-        "constants_before": vars(before),
+        "constants": _fitted(after),
+        "constants_before": _fitted(before),
         "points": len(points),
         "regret_before": round(regret(plain, before), 4),
         "regret_after": round(regret(plain, after), 4),

@@ -57,8 +57,9 @@ class CostModel:
 # From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.
 TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
 CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
-# Likewise, where the tile unit multiplies: rows cost little beside forming and reading. One pass by 80 to 1,024 tokens took
-# from 0.94 to 1.25 of the base product's time, and the two groups of calls apart as much as 40 + 1.1 tokens of others.
+# Likewise, where the tile unit multiplies: rows cost little beside forming and reading. `beside` by steps of 80 to
+# 1,024 tokens, K = 4: in one pass they took 0.9 to 1.3 times the base product's time; on merged weights that time, and
+# what 40 tokens take, and 1.1 for each token of others.
 TILES_COST = CostModel(form=12.0, form_per_rank=9.0, resident=40.0, beside=0.15)
 # Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
 TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)

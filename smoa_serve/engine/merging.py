@@ -243,8 +243,8 @@ class Merger:
 def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapters: bool, one_pass: bool) -> bool:
     """Whether a step takes less time on the merged weights, where the original ones are at hand too.
 
-    Counted in rows through the blocks: the original weights need the merged adapter's own delta, the merged ones what all
-    others take back.
+    Counted in rows through the blocks: the original weights need the merged adapter's own delta, the merged ones what
+    all others take back.
 
     Args:
         cost: of the kernel; rank: highest of the merged adapter in any layer.

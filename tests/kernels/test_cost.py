@@ -98,7 +98,8 @@ def test_the_tile_unit_has_constants_of_its_own(
 def test_measured_constants_come_back() -> None:
     store_costs(cost_file(), [entry(), entry(implementation="cpp", form=1.5)])
     assert cost.cost_model("torch", CPU, torch.bfloat16) == MEASURED
-    assert cost.cost_model("cpp", CPU, torch.bfloat16) == CostModel(1.5, 2.0, 3.0)
+    default = cost.default_cost("cpp", CPU, torch.bfloat16)
+    assert cost.cost_model("cpp", CPU, torch.bfloat16) == CostModel(1.5, 2.0, 3.0, default.beside)
     assert cost.cost_model("torch", CPU, torch.bfloat16) is cost.cost_model("torch", CPU, torch.bfloat16)
 
 
