@@ -122,6 +122,21 @@ def test_rows_may_be_apart_and_more_tokens_take_another_way(generator):
     assert_close(found, layer.output(slots, wide[:, :64]) - layer.bias.float())
 
 
+def test_a_step_that_comes_again_takes_what_is_new(generator):
+    layer = filled(64, (48, 16), (2, 3), torch.bfloat16, generator)
+    slots = [0, 2, 2, 3, 1]
+    plan, same = planned(slots), planned(slots)
+    for bias in (layer.bias, None, layer.bias):
+        x = torch.randn(5, 64, generator=generator).bfloat16()
+        expected = layer.output(slots, x) - (0 if bias is not None else layer.bias.float())
+        assert_close(smoa_linear_cpp(x, layer.bank, plan, bias), expected)
+        assert_close(smoa_linear_cpp(x, layer.bank, same, bias), expected)
+    layer.bank.set(2, [None, None])
+    kept = smoa_linear_cpp(x, layer.bank, plan, layer.bias)
+    assert_close(kept[1], (x[1].float() @ torch.cat(layer.weights).float().T + layer.bias.float()))
+    assert_close(kept[0], expected[0])
+
+
 @pytest.mark.parametrize(
     ("slots", "merged"), [([0, -1], False), ([0, SLOTS], True)], ids=["a token of the base", "something merged"]
 )

@@ -185,7 +185,7 @@ struct Call {
       job.plain_stride = ((part.packed_cols + 31) & ~int64_t{31}) | 32;  // an odd number of lines, as the ways of a cache
       const int64_t plain = job.num_tokens() - job.first_plain;
       job.plain = reinterpret_cast<typename S::Row*>(take((plain + kSpare) * job.plain_stride * kRowSize));
-      if (tensors.bias) job.bias = reinterpret_cast<float*>(take(h_out * static_cast<int64_t>(sizeof(float))));
+      job.bias = tensors.bias ? reinterpret_cast<float*>(take(h_out * static_cast<int64_t>(sizeof(float)))) : nullptr;
       for (AloneGroup<E>& group : job.groups)
         if (!group.resident)
           group.a = reinterpret_cast<typename S::Factor*>(take(steps(group.rank) * part.packed_cols * 4));
