@@ -48,10 +48,16 @@ class CostModel:
         """
         if has_resident and rank == 0:
             return "resident"
-        expand, modulate = tokens * rank, tokens + self.form + self.form_per_rank * rank
-        if has_resident and tokens + self.resident < min(expand, modulate):
+        if has_resident and tokens + self.resident < self.rows(tokens, rank):
             return "resident"
-        return "modulate" if modulate < expand else "expand"
+        return "modulate" if self._modulate(tokens, rank) < tokens * rank else "expand"
+
+    def rows(self, tokens: float, rank: int) -> float:
+        """What the cheaper of expand and modulate costs."""
+        return min(tokens * rank, self._modulate(tokens, rank))
+
+    def _modulate(self, tokens: float, rank: int) -> float:
+        return tokens + self.form + self.form_per_rank * rank
 
 
 # From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.

@@ -252,7 +252,7 @@ def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapter
         adapters: whether some of these have an adapter; one_pass: whether all have one that the original weights serve
             in one pass. Where it is not one pass, the blocks are read once more.
     """
-    original = min(own * rank, own + cost.form + cost.form_per_rank * rank) if own else 0.0
+    original = cost.rows(own, rank)
     if one_pass:
         original *= cost.beside
     elif own:

@@ -169,16 +169,16 @@ class Policy:
         """Share of a step's cost that the adapter saves by being resident instead of in its slot."""
         if load.tokens == 0:
             return 0.0
-        return self._share(self._slot_rows(load, load.tokens) - self._resident_rows(load.tokens), load, all_tokens)
+        return self._share(self._cost.rows(load.tokens, load.rank) - self._resident_rows(load.tokens), load, all_tokens)
 
     def merge_gain(self, load: Load, all_tokens: float) -> float:
         """Share of a step's cost that merging saves against the best other step: the adapter's own delta costs nothing,
         and every other token takes the difference back, unless such steps run on the original weights."""
         if self._switches_freely:
             tokens = load.alone / load.alone_steps if load.alone_steps else 0.0
-            own = min(self._slot_rows(load, tokens), self._resident_rows(tokens))
+            own = min(self._cost.rows(tokens, load.rank), self._resident_rows(tokens))
             return self._share(own * load.alone_steps, load, all_tokens)
-        own = min(self._slot_rows(load, load.tokens), self._resident_rows(load.tokens))
+        own = min(self._cost.rows(load.tokens, load.rank), self._resident_rows(load.tokens))
         others = all_tokens - load.tokens
         # Steps without others pay nothing; a part of a token means a part of the steps.
         back = others + min(others, 1.0) * self._cost.resident
@@ -188,9 +188,6 @@ class Policy:
         """Of a step's cost: rows through the blocks against rows through the whole weight, and its reading, which takes
         as long as so many rows as the reading of blocks takes of rows through them."""
         return rows / load.num_blocks / (all_tokens + self._cost.resident)
-
-    def _slot_rows(self, load: Load, tokens: float) -> float:
-        return min(tokens * load.rank, tokens + self._cost.form + self._cost.form_per_rank * load.rank)
 
     def _resident_rows(self, tokens: float) -> float:
         return tokens + min(tokens, 1.0) * self._cost.resident
