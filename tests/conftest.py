@@ -18,11 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 @pytest.fixture(scope="session")
 def vectors() -> Path:
-    """Folder of numbers recorded from the published layer ($SMOA_VECTORS, or shared/vectors beside the repository)."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "vectors"
-    folder = Path(os.environ.get("SMOA_VECTORS", default))
-    if not (folder / "index.json").is_file():
-        pytest.skip(f"no recorded vectors at {folder}; set SMOA_VECTORS")
+    """Folder of numbers recorded from the published layer; see its README."""
+    folder = Path(__file__).resolve().parent / "data" / "vectors"
+    assert (folder / "index.json").is_file(), f"the recorded vectors are missing from the checkout: {folder}"
     return folder
 
 

@@ -1,7 +1,6 @@
 """The recorded layers of the published implementation, through bank and op."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,8 @@ from safetensors.torch import load_file
 from smoa_kernels import LayerBank, SliceUpdate, StepPlan, available_implementations, smoa_delta
 from smoa_kernels.testing import assert_close, dense_delta
 
-ROOT = Path(os.environ.get("SMOA_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
-INDEX = ROOT / "index.json"
-CASES = json.loads(INDEX.read_text())["layers"] if INDEX.is_file() else []
-
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no test vectors at {ROOT}; set SMOA_VECTORS")
+ROOT = Path(__file__).parents[1] / "data" / "vectors"
+CASES = json.loads((ROOT / "index.json").read_text())["layers"]
 
 
 def recorded_update(case, tensors) -> SliceUpdate:
