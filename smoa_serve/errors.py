@@ -6,6 +6,9 @@ one round of repairs is enough.
 
 from collections.abc import Sequence
 
+# Begins what a request is told whose adapter the workers could not bring into a slot.
+NOT_IN_A_SLOT = "the adapter could not be brought into a slot"
+
 
 class SmoaError(Exception):
     """Base of all errors of this project. `str(error)` is fit to be shown to a user."""
@@ -50,8 +53,33 @@ class MoveAbandonedError(SmoaError):
     """An adapter was pinned while the automatic policy moved it."""
 
 
+class AdapterBusyError(AdapterError):
+    """An adapter cannot be moved as things are now; later it may be."""
+
+
 class MoveRefusedError(AdapterError):
-    """An adapter cannot be moved to that step of the ladder now."""
+    """An adapter cannot be moved to that step of the ladder.
+
+    Args:
+        source: as for AdapterError.
+        reasons: likewise.
+        lasting: the same content would be refused again.
+    """
+
+    def __init__(self, source: object, reasons: Sequence[str] | str, *, lasting: bool = False) -> None:
+        super().__init__(source, reasons)
+        self.lasting = lasting
+
+
+class MoveFailedError(SmoaError):
+    """A move failed half-way and was undone on every worker; it can be asked for again."""
+
+
+def reasons_of(error: BaseException) -> list[str]:
+    """What a failure says to a user: the reasons of a refusal, or what was raised."""
+    if isinstance(error, AdapterError):
+        return error.reasons
+    return [str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"]
 
 
 class MergeLossError(SmoaError):

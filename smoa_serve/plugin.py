@@ -36,8 +36,22 @@ def _enter_worker_manager(module: ModuleType) -> None:
 def _enter_worker(module: ModuleType) -> None:
     from smoa_serve.engine import rpc
 
-    for method in (rpc.smoa_status, rpc.smoa_stage, rpc.smoa_merge, rpc.smoa_demote):
+    for method in rpc.METHODS:
         setattr(module.WorkerBase, method.__name__, method)
+
+
+def _enter_core(module: ModuleType) -> None:
+    from smoa_serve.engine import core
+
+    for name, wrapper in {
+        "step": core.step,
+        "step_with_batch_queue": core.step,
+        "add_lora": core.add_lora,
+        "remove_lora": core.remove_lora,
+        "collective_rpc": core.collective_rpc,
+        **dict.fromkeys(("pin_lora", "execute_dummy_batch", "sleep", "wake_up"), core.moves),
+    }.items():
+        wrapt.wrap_function_wrapper(module, f"EngineCore.{name}", wrapper)
 
 
 def _enter_cpu_platform(module: ModuleType) -> None:
@@ -58,8 +72,10 @@ def _enter_message_queue(module: ModuleType) -> None:
 
 def _enter_async_engine(module: ModuleType) -> None:
     from smoa_serve.http.counting import count_requests
+    from smoa_serve.http.failures import tell_failures
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", count_requests)
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.generate", tell_failures)
 
 
 def _enter_serving_models(module: ModuleType) -> None:
@@ -74,6 +90,7 @@ _registered: set[str] = set()
 _HOOKS = {
     "vllm.v1.worker.lora_model_runner_mixin": _enter_worker_manager,
     "vllm.v1.worker.worker_base": _enter_worker,
+    "vllm.v1.engine.core": _enter_core,
     "vllm.platforms.cpu": _enter_cpu_platform,
     "vllm.distributed.device_communicators.shm_broadcast": _enter_message_queue,
     "vllm.v1.engine.async_llm": _enter_async_engine,

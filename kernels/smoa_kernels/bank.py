@@ -97,7 +97,10 @@ class LayerBank:
         return self._source.nbytes
 
     def set(self, slot: int, updates: Sequence[SliceUpdate | None]) -> None:
-        """Puts an adapter's updates into a slot, replacing what was there. Either all of it happens or none.
+        """Puts an adapter's updates into a slot, replacing what was there.
+
+        An update that does not fit, or whose blocks cannot be had, leaves the slot as it was. A failure after that
+        leaves it empty. It never holds a part.
 
         Args:
             slot: 0 .. num_slots - 1.
@@ -119,11 +122,17 @@ class LayerBank:
             self._release(held)
             raise
         self._vacate(slot)
-        for index, (update, entry) in enumerate(zip(updates, held, strict=True)):
-            if update is not None and entry is not None:
-                self._write(index, slot, update, entry.partition)
-        self.slots[slot] = tuple(held)
-        self._changed()
+        try:
+            for index, (update, entry) in enumerate(zip(updates, held, strict=True)):
+                if update is not None and entry is not None:
+                    self._write(index, slot, update, entry.partition)
+            self.slots[slot] = tuple(held)
+            self._changed()
+        except BaseException:
+            self.slots[slot] = self._empty
+            self._release(held)
+            self._wipe(slot)
+            raise
 
     def clear(self, slot: int) -> None:
         """Empties a slot. Its tokens then get no delta; its storages are zero.
@@ -136,8 +145,11 @@ class LayerBank:
         self._changed()
 
     def _vacate(self, slot: int) -> None:
-        self._release(self.slots[slot])
-        self.slots[slot] = self._empty
+        held, self.slots[slot] = self.slots[slot], self._empty
+        self._release(held)
+        self._wipe(slot)
+
+    def _wipe(self, slot: int) -> None:
         for storage in (*self.a, *self.b):
             storage[slot].zero_()
 

@@ -44,7 +44,7 @@ class WeightExchange(ABC):
 
     @abstractmethod
     def switch(self) -> None:
-        """Original to merged, or back: what a step waits for."""
+        """Original to merged, or back: what a step waits for. When it raises, the weight is as it was."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -138,9 +138,16 @@ class PlainExchange(WeightExchange):
 
     def switch(self) -> None:
         """See the base class."""
-        for rows, cols, old, new in self._blocks:
-            self._served[rows[:, None], cols] = old if self._merged else new
+        try:
+            self._write(merged=not self._merged)
+        except BaseException:
+            self._write(merged=self._merged)
+            raise
         self._merged = not self._merged
+
+    def _write(self, *, merged: bool) -> None:
+        for rows, cols, old, new in self._blocks:
+            self._served[rows[:, None], cols] = new if merged else old
 
     def drop(self) -> None:
         """See the base class."""

@@ -3,11 +3,11 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from smoa_kernels import LayerBank
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoa_serve.engine.exchange import WeightExchange, exchange_of
 from smoa_serve.engine.layers import SmoaLinearMixin
-from smoa_serve.errors import AdapterError, SmoaError
+from smoa_serve.errors import AdapterBusyError, AdapterError, SmoaError
 from smoa_serve.merge_loss import Lost
 from smoa_serve.merge_policy import MergePolicy
 
@@ -57,6 +57,7 @@ class Merger:
         layers: as given.
         merged: whether switching is possible; active: whether the weights hold the update now.
         policy: of the merged adapter.
+        broken: why nothing may be served any more; None while every weight is known to be whole.
     """
 
     def __init__(self, layers: dict[str, SmoaLinearMixin]) -> None:
@@ -67,6 +68,7 @@ class Merger:
         self.merged = self.active = False
         self._one_pass, self._rank, self._cost = False, 0, CPP_COST
         self.policy = MergePolicy.COMPENSATE
+        self.broken: str | None = None
 
     @cached_property
     def switches_freely(self) -> bool:
@@ -90,14 +92,17 @@ class Merger:
         """Start to stage the adapter that a slot holds.
 
         Raises:
-            AdapterError: a layer's weight cannot be exchanged, or another adapter is merged.
+            AdapterBusyError: another adapter is merged.
+            AdapterError: a layer's weight cannot be exchanged.
         """
-        if self._staged is not None:
-            if self._staged.lora_id != lora_id:
-                raise AdapterError(f"adapter {lora_id}", "another adapter is merged; un-merge it first")
-            if self._staged.ready or self._staged.slot == slot:
+        staged = self._staged
+        if staged is not None:
+            if self.merged and staged.lora_id != lora_id:
+                raise AdapterBusyError(f"adapter {lora_id}", "another adapter is merged; un-merge it first")
+            if staged.lora_id == lora_id and (staged.ready or staged.slot == slot):
                 return
-            self.end()  # its slot was taken meanwhile, and now it is in another one
+            # Its slot was taken meanwhile, and now it is in another one; or whoever staged another adapter gave it up.
+            self._drop()
         touched = {name: layer for name, layer in self.layers.items() if any(_live(layer, slot))}
         exchanges: dict[str, WeightExchange] = {}
         refused: dict[str, list[str]] = {}  # reason -> layers, of which a model has hundreds
@@ -115,18 +120,21 @@ class Merger:
         self._staged.work = self._stage(self._staged, slot)
 
     def work(self, budget_s: float) -> dict[str, Any]:
-        """Stage for about so long.
+        """Stage for about so long. What fails is given up: nothing of it stays.
 
         Returns:
             ready, finished and layers; once ready: lost (per layer, the share of the update that rounding removes).
         """
         staged = self._staged
         if staged is None:
-            raise AdapterError("merging", "nothing is being staged")
+            raise AdapterBusyError("merging", "nothing is being staged")
         deadline = monotonic() + budget_s
-        while not staged.ready and monotonic() < deadline:
-            if next(staged.work, "end") == "end":
-                staged.ready = True
+        try:
+            while not staged.ready and monotonic() < deadline:
+                staged.ready = next(staged.work, "end") == "end"
+        except BaseException:
+            self._drop()
+            raise
         report = {"ready": staged.ready, "finished": staged.finished, "layers": staged.layers}
         return report | {"lost": {name: lost.share for name, lost in staged.lost.items()} if staged.ready else {}}
 
@@ -168,9 +176,15 @@ class Merger:
         bank.hold_merged(slot, back)
 
     def commit(self, policy: MergePolicy) -> None:
-        """The staged adapter counts as merged from the next step on."""
-        if self._staged is None or not self._staged.ready:
-            raise AdapterError("merging", "the adapter is not staged yet")
+        """The staged adapter counts as merged from the next step on.
+
+        Raises:
+            AdapterBusyError: it is not staged in every layer.
+        """
+        staged = self._staged
+        whole = staged is not None and staged.ready and staged.finished == staged.layers == len(self._exchanges)
+        if not whole or not all(layer.smoa_bank.merged for layer in self.layers.values()):
+            raise AdapterBusyError("merging", "the adapter is not staged yet")
         self.policy, self.merged = policy, True
         for name in self._exchanges:
             self.layers[name].smoa_weight.original = self._as_original
@@ -197,13 +211,42 @@ class Merger:
             self._cost, self._rank, own, present.total(), bool(present.keys() & slots.keys()), one_pass
         )
 
+    def settle(self, wanted: bool) -> bool:
+        """Put the merged weights in place for a step, or the original ones.
+
+        Returns:
+            Which are in place. A switch that fails leaves those that were, and they serve everybody too.
+        """
+        try:
+            self.set_active(wanted)
+        except WeightChecksumError:
+            raise
+        except Exception:
+            logger.exception("Weights stay as they are: switching them failed")
+        return self.active
+
     @torch.inference_mode()
     def set_active(self, active: bool) -> None:
-        """Puts the merged weights in place, or the original ones."""
-        if active != self.active:
+        """Puts the merged weights in place, or the original ones: in every layer or in none.
+
+        Raises:
+            WeightChecksumError: some layers hold one and some the other.
+        """
+        if active == self.active:
+            return
+        switched: list[WeightExchange] = []
+        try:
             for exchange in self._exchanges.values():
                 exchange.switch()
-            self.active = active
+                switched.append(exchange)
+        except BaseException as error:
+            try:
+                for exchange in switched:
+                    exchange.switch()
+            except BaseException:
+                self._break("switching the weights of some layers failed, and so did switching the others back")
+            raise error
+        self.active = active
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:
@@ -215,29 +258,42 @@ class Merger:
             self.set_active(active)
 
     def end(self) -> None:
-        """Un-merge, or give up staging, and check that every weight is what it was.
+        """Un-merge, or give up staging. After un-merging, every weight is compared with what it was; where that raises
+        anything else than the error below, the adapter is still merged.
 
         Raises:
             WeightChecksumError: one is not.
         """
-        self.set_active(False)
+        if self.merged:
+            self.set_active(False)
+            self._compare()
+        self._drop()
+
+    def _compare(self) -> None:
         changed = [
             name
             for name, exchange in self._exchanges.items()
             if name in self._checksums and exchange.checksum() != self._checksums[name]
         ]
         if changed:
-            raise WeightChecksumError(
-                f"after un-merging, {len(changed)} base weights are not what they were: {', '.join(changed[:5])}; "
-                "restart the server"
+            self._break(
+                f"after un-merging, {len(changed)} base weights are not what they were: {', '.join(changed[:5])}"
             )
-        for exchange in self._exchanges.values():
-            exchange.drop()
-        for layer in self.layers.values():
-            layer.smoa_bank.drop_merged()
-            layer.smoa_weight.close()
-            layer.smoa_weight.reset_original()
-        self._exchanges, self._staged, self.merged = {}, None, False
+
+    def _break(self, why: str) -> NoReturn:
+        self.broken = f"{why}; restart the server"
+        raise WeightChecksumError(self.broken)
+
+    def _drop(self) -> None:
+        """Give back all that was staged; the original weights have to be in place."""
+        exchanges, self._exchanges, self._staged, self.merged = self._exchanges, {}, None, False
+        with ExitStack() as stack:  # every layer, whatever another one raises
+            for layer in self.layers.values():
+                stack.callback(layer.smoa_bank.drop_merged)
+                stack.callback(layer.smoa_weight.close)
+                stack.callback(layer.smoa_weight.reset_original)
+            for exchange in exchanges.values():
+                stack.callback(exchange.drop)
 
 
 def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapters: bool, one_pass: bool) -> bool:

@@ -129,8 +129,8 @@ class SmoaModelManager(MovingManager):
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """Write the step's maps, unless nothing changed: neither the batch, nor the slots, nor what they hold."""
-        if self._broken is not None:
-            raise WeightChecksumError(self._broken)
+        if self.merger.broken is not None:
+            raise WeightChecksumError(self.merger.broken)
         seen = (mapping, tuple(self.lora_index_to_id), self._content_version)
         if seen != self._seen:
             self._set_adapter_mapping(mapping)
@@ -161,8 +161,8 @@ class SmoaModelManager(MovingManager):
     def _update_plan(self, token_lora_ids: tuple[int, ...], smoa_slots: dict[int, int]) -> None:
         """The step's map, and with it the weights that the step runs on: every rank sees the same tokens."""
         merged_id = self.merger.lora_id
-        active = self.merger.wants(token_lora_ids, smoa_slots) if merged_id is not None else False
-        self.merger.set_active(active)
+        wanted = self.merger.wants(token_lora_ids, smoa_slots) if merged_id is not None else False
+        active = self.merger.settle(wanted)
         if active and merged_id is not None:
             smoa_slots = smoa_slots | {merged_id: self.lora_slots}
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)

@@ -1,16 +1,22 @@
 """vLLM's adapter manager with a longer ladder: adapters that are resident, and one that is merged."""
 
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from time import monotonic
+from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from smoa_serve.adapter import Adapter
 from smoa_serve.engine.layers import SmoaLinearMixin
-from smoa_serve.engine.merging import Merger, WeightChecksumError
-from smoa_serve.errors import AdapterError
+from smoa_serve.engine.merging import Merger
+from smoa_serve.errors import AdapterBusyError, AdapterError
 from smoa_serve.merge_policy import MergePolicy
+
+logger = logging.getLogger(__name__)
 
 
 class SmoaModel(LoRAModel):
@@ -21,6 +27,20 @@ class SmoaModel(LoRAModel):
     """
 
     adapter: Adapter
+
+
+@dataclass
+class _Forming:
+    """An adapter on its way to being resident.
+
+    Attributes:
+        lora_id: vLLM's number of it.
+        work: what is left to do; finished: layers done.
+    """
+
+    lora_id: int
+    work: Iterator[None]
+    finished: int = 0
 
 
 class MovingManager(LRUCacheLoRAModelManager):
@@ -38,7 +58,8 @@ class MovingManager(LRUCacheLoRAModelManager):
         """What `__init__` would do, before any layer is registered."""
         self._content_version = 0
         self._resident: set[int] = set()
-        self._broken: str | None = None
+        self._forming: _Forming | None = None
+        self._unwiped: set[int] = set()
         self._block_bytes: tuple[object, dict[int, int]] = (None, {})
 
     @cached_property
@@ -46,16 +67,58 @@ class MovingManager(LRUCacheLoRAModelManager):
         """The merged state; first asked for when every layer is registered."""
         return Merger({name: layer for name, layer in self.modules.items() if isinstance(layer, SmoaLinearMixin)})
 
-    def begin_merge(self, lora_id: int) -> None:
-        """Start, or go on, to fold an adapter into the base weights.
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Bring a registered adapter into a slot. One that cannot be is forgotten, so that the next try begins afresh.
+
+        vLLM counts it as in its slot from the first layer on; what the slot held before would be served in its name.
+        """
+        try:
+            for slot in sorted(self._unwiped):
+                self._wipe(slot)
+            activated: bool = super().activate_adapter(lora_id)
+        except BaseException:
+            # Its slot first: `remove_adapter` stops at a merged weight that cannot be given back.
+            self.deactivate_adapter(lora_id)
+            self.remove_adapter(lora_id)
+            raise
+        return activated
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
+        self._resident.discard(lora_id)
+        super()._deactivate_adapter(lora_id)
+        if slot is None:
+            return
+        self._content_version += 1
+        self._unwiped.add(slot)
+        try:
+            self._wipe(slot)
+        except Exception:
+            logger.exception("Slot %d could not be emptied; it is before it is used again", slot)
+
+    def _wipe(self, slot: int) -> None:
+        """Empty a slot in every layer."""
+        for module in self.modules.values():
+            if hasattr(module, "reset_module_to_save"):  # a classification head
+                module.reset_module_to_save(slot)
+            module.reset_lora(slot)
+        self._unwiped.discard(slot)
+
+    def stage_merge(self, lora_id: int, budget_s: float) -> dict[str, Any]:
+        """Work for about so long towards an adapter being merged. What fails is undone here.
+
+        Returns:
+            See `Merger.work`.
 
         Raises:
+            AdapterBusyError: another adapter is merged, or this one is not here now.
             AdapterError: it cannot be merged; every reason.
         """
         if self.captured:
             reason = "the differences for other requests are in no captured CUDA graph; start with --enforce-eager"
             raise AdapterError(f"adapter {lora_id}", reason)
         self.merger.begin(lora_id, self._slot_of(lora_id))
+        return self.merger.work(budget_s)
 
     def commit_merge(self, policy: MergePolicy) -> None:
         """From the next step on, the staged adapter is merged."""
@@ -66,19 +129,43 @@ class MovingManager(LRUCacheLoRAModelManager):
         """Serve the original weights again. A weight that is not the original ends the engine with the next step."""
         try:
             self.merger.end()
-        except WeightChecksumError as error:
-            self._broken = str(error)
-            raise
         finally:
             self._content_version += 1
 
-    def make_resident(self, lora_id: int) -> Iterator[None]:
-        """Form an adapter's blocks of dW, a layer at a time. Losing its slot takes them away again; when that happens
-        meanwhile, the work begins anew in another slot.
+    def stage_resident(self, lora_id: int, budget_s: float) -> dict[str, Any]:
+        """Work for about so long towards an adapter being resident. What fails is undone here.
+
+        Returns:
+            ready, finished and layers.
 
         Raises:
+            AdapterBusyError: it is not here now.
             AdapterError: it cannot be resident here.
         """
+        forming = self._forming
+        if forming is None or forming.lora_id != lora_id:
+            self._give_up_forming()
+            forming = self._forming = _Forming(lora_id, self._form(lora_id))
+        deadline, ready = monotonic() + budget_s, False
+        try:
+            while not ready and monotonic() < deadline:
+                ready = next(forming.work, "end") == "end"
+                forming.finished += not ready
+        except BaseException:
+            self._give_up_forming()
+            raise
+        if ready:
+            self._forming = None
+        return {"ready": ready, "finished": forming.finished, "layers": len(self.merger.layers)}
+
+    def _give_up_forming(self) -> None:
+        forming, self._forming = self._forming, None
+        if forming is not None:
+            self.drop_resident(forming.lora_id)
+
+    def _form(self, lora_id: int) -> Iterator[None]:
+        """Form an adapter's blocks of dW, a layer at a time. Losing its slot takes them away again; when that happens
+        meanwhile, the work begins anew in another slot."""
         while True:
             slot = self._slot_of(lora_id)
             missing = (layer for layer in self.merger.layers.values() if layer.smoa_bank.lacks_resident(slot))
@@ -90,13 +177,28 @@ class MovingManager(LRUCacheLoRAModelManager):
         self._resident.add(lora_id)
         self._content_version += 1
 
+    def leave_merged(self, lora_id: int) -> None:
+        """Un-merge an adapter, or give up merging it; nothing if it is another one that is merged.
+
+        Raises:
+            WeightChecksumError: a weight is not what it was.
+        """
+        if self.merger.lora_id == lora_id:
+            self.end_merge()
+
+    def leave_resident(self, lora_id: int) -> None:
+        """Give an adapter's blocks of dW back, or give up forming them."""
+        if self._forming is not None and self._forming.lora_id == lora_id:
+            self._forming = None
+        self.drop_resident(lora_id)
+
     def drop_resident(self, lora_id: int) -> None:
         """Give an adapter's blocks of dW back."""
         self._resident.discard(lora_id)
+        self._content_version += 1
         if lora_id in self.lora_index_to_id:
             for layer in self.merger.layers.values():
                 layer.smoa_bank.drop_resident(self.lora_index_to_id.index(lora_id))
-        self._content_version += 1
 
     def _slot_of(self, lora_id: int) -> int:
         """The slot of a SMoA or HiRA adapter, which is brought into one if it is in none.
@@ -108,20 +210,18 @@ class MovingManager(LRUCacheLoRAModelManager):
             raise AdapterError(f"adapter {lora_id}", self.smoa_refusal)
         model = self._registered_adapters.cache.get(lora_id)
         if not isinstance(model, SmoaModel):
-            reason = "it is not in the engine" if model is None else "only SMoA and HiRA adapters can be moved"
-            raise AdapterError(f"adapter {lora_id}", reason)
+            if model is None:
+                raise AdapterBusyError(f"adapter {lora_id}", "it is not in the engine")
+            raise AdapterError(f"adapter {lora_id}", "only SMoA and HiRA adapters can be moved")
         self.activate_adapter(lora_id)
         return int(self.lora_index_to_id.index(lora_id))
-
-    def _deactivate_adapter(self, lora_id: int) -> None:
-        if lora_id in self._resident:
-            self.drop_resident(lora_id)
-        super()._deactivate_adapter(lora_id)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forget an adapter. Under its number other content may come: what is merged of it ends."""
         if self.merger.lora_id == adapter_id:
             self.end_merge()
+        if self._forming is not None and self._forming.lora_id == adapter_id:
+            self._forming = None
         removed: bool = super().remove_adapter(adapter_id)
         return removed
 
@@ -129,6 +229,7 @@ class MovingManager(LRUCacheLoRAModelManager):
         """Forget every adapter, slots included."""
         if self.merger.lora_id is not None:
             self.end_merge()
+        self._forming = None
         self._resident.clear()
         super().remove_all_adapters()
         self._content_version += 1

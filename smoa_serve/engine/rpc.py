@@ -1,12 +1,14 @@
 """Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`."""
 
 import dataclasses
-from time import monotonic
+import logging
 from typing import Any
 
 from smoa_serve import __version__
-from smoa_serve.errors import AdapterError
+from smoa_serve.errors import AdapterBusyError, AdapterError
 from smoa_serve.merge_policy import MergePolicy
+
+logger = logging.getLogger(__name__)
 
 
 def smoa_status(worker: Any) -> dict[str, Any]:
@@ -55,9 +57,33 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     }
 
 
+def smoa_bring(worker: Any, requests: list[Any]) -> dict[str, Any]:
+    """Bring adapters into slots; see `SmoaWorkerManager.bring`.
+
+    Args:
+        worker: vLLM's.
+        requests: `LoRARequest` of each.
+
+    Returns:
+        failed: lora_int_id -> reasons; active: every adapter that is in a slot now.
+    """
+    manager = worker.model_runner.lora_manager
+    return {"failed": manager.bring(requests), "active": manager.active()}
+
+
+def smoa_merged(worker: Any) -> dict[str, Any]:
+    """What is merged into this worker's weights.
+
+    Returns:
+        merged: lora_int_id, or None.
+    """
+    merger = _manager(worker).merger
+    return {"merged": merger.lora_id if merger.merged else None}
+
+
 def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> dict[str, Any]:
     """Work for about `budget_s` towards an adapter being merged or resident. Called again and again between steps, so
-    that no running request waits for longer.
+    that no running request waits for longer. A worker on which it fails has undone it.
 
     Args:
         worker: vLLM's.
@@ -66,32 +92,21 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> d
         budget_s: seconds.
 
     Returns:
-        refused: every reason why it cannot be moved, and then nothing else; ready, finished and layers (of `layers`);
+        refused: every reason why it cannot be moved; lasting: the same adapter would be refused again; failed: what was
+        raised, None when nothing was; ready, finished and layers (of `layers`) otherwise;
         when a merge is ready: lost, layer -> share of the update that rounding removes.
     """
     manager = _manager(worker)
+    stage = manager.stage_resident if target == "resident" else manager.stage_merge
+    report: dict[str, Any] = {"refused": [], "lasting": False, "failed": None, "ready": False, "lost": {}}
     try:
-        if target == "resident":
-            return _stage_resident(worker, manager, lora_int_id, budget_s)
-        manager.begin_merge(lora_int_id)
-        report: dict[str, Any] = manager.merger.work(budget_s)
+        report |= stage(lora_int_id, budget_s)
     except AdapterError as error:
-        return {"refused": error.reasons}
-    return report | {"refused": []}
-
-
-def _stage_resident(worker: Any, manager: Any, lora_int_id: int, budget_s: float) -> dict[str, Any]:
-    deadline, layers = monotonic() + budget_s, len(manager.merger.layers)
-    state: tuple[int | None, Any, int] = getattr(worker, "_smoa_resident_work", (None, None, 0))
-    lora_id, work, finished = state
-    if lora_id != lora_int_id:
-        work, finished = manager.make_resident(lora_int_id), 0
-    ready = False
-    while not ready and monotonic() < deadline:
-        ready = next(work, "end") == "end"
-        finished += not ready
-    worker._smoa_resident_work = (None, None, 0) if ready else (lora_int_id, work, finished)
-    return {"refused": [], "ready": ready, "finished": finished, "layers": layers, "lost": {}}
+        report |= {"refused": error.reasons, "lasting": not isinstance(error, AdapterBusyError)}
+    except Exception as error:
+        logger.exception("Adapter %d could not be made %s", lora_int_id, target)
+        report["failed"] = f"{type(error).__name__}: {error}"
+    return report
 
 
 def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:
@@ -105,13 +120,22 @@ def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:
     return {"bytes": manager.merger.nbytes}
 
 
-def smoa_demote(worker: Any, lora_int_id: int) -> None:
-    """Back to the slot: un-merge (bit for bit, checked) or give resident blocks back; nothing if it is there."""
+def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> None:
+    """Back to the slot: un-merge (bit for bit, checked) or give resident blocks back; nothing if it is there.
+
+    Args:
+        worker: vLLM's.
+        lora_int_id: of the adapter.
+        target: "merged" or "resident": only what belongs to that step, finished or not; None for both.
+    """
     manager = _manager(worker)
-    worker._smoa_resident_work = (None, None, 0)
-    if manager.merger.lora_id == lora_int_id:
-        manager.end_merge()
-    manager.drop_resident(lora_int_id)
+    if target != "resident":
+        manager.leave_merged(lora_int_id)
+    if target != "merged":
+        manager.leave_resident(lora_int_id)
+
+
+METHODS = (smoa_status, smoa_bring, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
 
 
 def _manager(worker: Any) -> Any:

@@ -1,5 +1,6 @@
 """Reads adapters in the worker: SMoA and HiRA by our readers, LoRA by vLLM, all from private copies."""
 
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.engine.model_manager import SmoaModelManager
+from smoa_serve.errors import AdapterError, reasons_of
 from smoa_serve.formats import LoadOptions, load_adapter
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
+
+logger = logging.getLogger(__name__)
 
 
 class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
@@ -79,6 +83,30 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
             lora_request = msgspec.structs.replace(lora_request, load_inplace=True)
         loaded: bool = super().add_adapter(lora_request)
         return loaded
+
+    def bring(self, requests: list[LoRARequest]) -> dict[int, list[str]]:
+        """Bring adapters into slots before a step has requests of theirs.
+
+        Args:
+            requests: at most as many as there are slots.
+
+        Returns:
+            lora_int_id -> why it is not in one, for those that failed: nothing of them is left here.
+        """
+        self._adapter_manager.touch_active({request.lora_int_id for request in requests})
+        failed: dict[int, list[str]] = {}
+        for request in requests:
+            try:
+                self.add_adapter(request)
+            except Exception as error:
+                if not isinstance(error, AdapterError):
+                    logger.exception("Adapter %s could not be brought into a slot", request.lora_name)
+                failed[request.lora_int_id] = reasons_of(error)
+        return failed
+
+    def active(self) -> list[int]:
+        """Adapters that are in a slot."""
+        return list(self._adapter_manager._active_adapters)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         self._adapter_manager.touch_active({request.lora_int_id for request in lora_requests if request})

@@ -132,7 +132,8 @@ class EndpointPlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The ladder of this server; all else is vLLM's own state."""
         settings = Settings.from_environment()
-        state.smoa_ladder = Ladder(engine_client)
+        models = state.openai_serving_models
+        state.smoa_ladder = models.ladder = Ladder(engine_client, models.revisions.get, models.remove_later)
         state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
         if engine_client.vllm_config.lora_config is not None:
             # Kept in the state: a task that nothing refers to may be collected.

@@ -43,9 +43,48 @@ def _gone(doing: str) -> str:
 
 
 async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
-    """The answers of all workers to a method of `engine/rpc.py`; see `answered`."""
-    call: Awaitable[list[dict[str, Any]]] = engine.collective_rpc(method, args=arguments)
-    return await answered(engine, call, method)
+    """The answers of all workers of all data-parallel replicas to a method of `engine/rpc.py`; see `answered`."""
+    return await answered(engine, _of_all_replicas(engine, method, arguments), method)
+
+
+async def _of_all_replicas(engine: Any, method: str, arguments: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """vLLM's own call asks every replica too, and returns what the first one says."""
+    core = getattr(engine, "engine_core", None)
+    replicas = getattr(core, "core_engines", ())
+    if core is None or len(replicas) < 2:
+        answers: list[dict[str, Any]] = await engine.collective_rpc(method, args=arguments)
+        return answers
+    asked = (
+        core._call_utility_async("collective_rpc", method, None, arguments, None, engine=replica)
+        for replica in replicas
+    )
+    # Every answer is waited for, so that nothing of this call still runs where it is undone.
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for answer in found:
+        if isinstance(answer, BaseException):
+            raise answer
+    return [worker for workers in found if not isinstance(workers, BaseException) for worker in workers]
+
+
+async def bring_in(engine: Any, request: Any) -> None:
+    """Load an adapter on all workers of all replicas, or on none.
+
+    Args:
+        engine: vLLM's client.
+        request: vLLM's `LoRARequest`.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+        Exception: what a worker raised; no worker keeps anything of it.
+    """
+    try:
+        await answered(engine, engine.add_lora(request), "add_lora")
+    except EngineGoneError:
+        raise
+    except BaseException:
+        # Where it failed nothing is left; another replica may have it.
+        await answered(engine, engine.remove_lora(request.lora_int_id), "remove_lora")
+        raise
 
 
 async def _ends(engine: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 from smoa_kernels.cost import CostModel
 
 from smoa_serve.adapter import AdapterKind
-from smoa_serve.errors import MoveAbandonedError, MoveRefusedError
+from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
 from smoa_serve.http.counting import served
 from smoa_serve.http.ladder import BYTES, STEP, STEPS, Ladder, step_of
-from smoa_serve.http.ladder_policy import Decision, Load, Policy, PolicySettings, Rates
+from smoa_serve.http.ladder_policy import Action, Decision, Load, Others, Policy, PolicySettings, Rates
 from smoa_serve.http.moves import MAX_LOST
 from smoa_serve.http.revisions import Revision
 from smoa_serve.settings import Settings
@@ -41,7 +41,8 @@ class LadderLoop:
         self.rates, self._alone, self._alone_steps = Rates(), Rates(), Rates()
         self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
         self._policy: Policy | None = None
-        self._refused: set[str] = set()
+        # (engine name, action): what was refused for what the adapter is, not for how things are at the time.
+        self._refused: set[tuple[str, Action]] = set()
         self._asked = 0
         self._shown: set[str] = set()
 
@@ -96,10 +97,13 @@ class LadderLoop:
         if self._policy is None:
             cost = CostModel(**status["cost"])
             self._policy = Policy(self.allowed, cost, switches_freely=status["switches_freely"])
-        kept = self._ladder.pinned | {name for name, one in revisions.items() if one.engine_name in self._refused}
-        movable = [load for load in loads if load.name not in kept]
-        for decision in self._policy.decide(movable, self.rates.all):
-            await self._act(decision, revisions[decision.name])
+        here = {revision.engine_name for revision in revisions.values()}
+        self._refused = {(name, action) for name, action in self._refused if name in here}
+        for decision in self._policy.decide(loads, self.rates.all, _others(revisions, statuses)):
+            # Moves take their time, and what was decided about may be gone or be another by now.
+            revision = revisions.get(decision.name)
+            if revision is not None:
+                await self._act(decision, revision)
 
     def _load(self, revision: Revision, statuses: list[dict[str, Any]]) -> Load:
         number = str(revision.lora_int_id)
@@ -115,6 +119,8 @@ class LadderLoop:
             num_blocks=revision.staged.num_blocks,
             resident_bytes=blocks,
             merged_bytes=weights + blocks,
+            movable=revision.name not in self._ladder.pinned,
+            refused=frozenset(action for name, action in self._refused if name == revision.engine_name),
         )
 
     def _show(self, loads: list[Load], statuses: list[dict[str, Any]], revisions: dict[str, Revision]) -> None:
@@ -143,8 +149,11 @@ class LadderLoop:
         except MoveAbandonedError as error:
             came = str(error)
         except MoveRefusedError as error:
-            self._refused.add(revision.engine_name)  # the same content would be refused again
+            if error.lasting:
+                self._refused.add((revision.engine_name, decision.action))
             came = f"refused: {error}"
+        except MoveFailedError as error:
+            came = str(error)
         logger.info("Policy: %s %s (%s): %s", decision.action, decision.name, decision.reason, came)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.decisions.appendleft({"time": now, **vars(decision), "result": came})
@@ -153,3 +162,13 @@ class LadderLoop:
 def _held(name: str, revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> int:
     number = str(revisions[name].lora_int_id)
     return sum(status["resident_bytes"].get(number, 0) for status in statuses)
+
+
+def _others(revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> Others:
+    """What the workers hold for revisions that cannot be asked for any more."""
+    known = {str(revision.lora_int_id) for revision in revisions.values()}
+    held = [(number, size) for one in statuses for number, size in one["resident_bytes"].items() if number not in known]
+    residence = [
+        (number, where) for one in statuses for number, where in one["residence"].items() if number not in known
+    ]
+    return Others(sum(size for _, size in held), any(where == "merged" for _, where in residence))

@@ -44,6 +44,8 @@ class Load:
             steps among all.
         rank: widest branch; num_blocks: K.
         resident_bytes, merged_bytes: what each step of the ladder takes or would take.
+        movable: the policy may move it; others count for what they hold.
+        refused: actions that were refused and would be again.
     """
 
     name: str
@@ -55,6 +57,28 @@ class Load:
     num_blocks: int
     resident_bytes: int
     merged_bytes: int
+    movable: bool = True
+    refused: frozenset[Action] = frozenset()
+
+    def may(self, action: Action) -> bool:
+        """Whether the policy may try it."""
+        return self.movable and action not in self.refused
+
+
+@dataclass(frozen=True)
+class Others:
+    """What is held for revisions that still end their requests.
+
+    Attributes:
+        bytes: resident blocks and merged weights, all workers.
+        merged: one of them is merged, or is being merged.
+    """
+
+    bytes: int = 0
+    merged: bool = False
+
+
+NO_OTHERS = Others()
 
 
 @dataclass(frozen=True)
@@ -109,14 +133,15 @@ class Policy:
         self.settings, self._cost, self._switches_freely = settings, cost, switches_freely
         self._wishes: Counter[tuple[str, Action]] = Counter()
 
-    def decide(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
+    def decide(self, loads: Sequence[Load], all_tokens: float, others: Others = NO_OTHERS) -> list[Decision]:
         """The moves to make now, those that free memory first.
 
         Args:
-            loads: of every adapter that may be moved.
+            loads: of every adapter that can be asked for.
             all_tokens: tokens of a step, base included.
+            others: what is held for revisions that cannot be asked for any more.
         """
-        wishes = [*self._down(loads, all_tokens), *self._up(loads, all_tokens)]
+        wishes = [*self._down(loads, all_tokens), *self._up(loads, all_tokens, others)]
         standing = {(wish.name, wish.action) for wish in wishes}
         self._wishes = Counter({key: self._wishes[key] + 1 for key in standing})
         due = [wish for wish in wishes if self._wishes[wish.name, wish.action] >= self._patience(wish.action)]
@@ -129,20 +154,20 @@ class Policy:
 
     def _down(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
         found = []
-        best = max((self.merge_gain(load, all_tokens) for load in loads), default=0.0)
+        best = max((self.merge_gain(load, all_tokens) for load in loads if load.may("merge")), default=0.0)
         # Merged is one at a time: it makes room for another that would save clearly more.
         least = max(KEPT * self.settings.gain, best - self.settings.gain) if self._switches_freely else 0.0
         for load in loads:
-            if load.step == "merged" and (saved := self.merge_gain(load, all_tokens)) < least:
+            if load.step == "merged" and load.may("unmerge") and (saved := self.merge_gain(load, all_tokens)) < least:
                 found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged saves")))
-            elif load.step == "resident" and (saved := self.resident_gain(load, all_tokens)) <= 0:
+            elif load.step == "resident" and load.may("slot") and (saved := self.resident_gain(load, all_tokens)) <= 0:
                 found.append(Decision(load.name, "slot", _says(load, all_tokens, saved, "resident saves")))
         return found
 
-    def _up(self, loads: Sequence[Load], all_tokens: float) -> list[Decision]:
-        free = self.settings.budget_bytes - sum(_held(load) for load in loads)
+    def _up(self, loads: Sequence[Load], all_tokens: float, others: Others) -> list[Decision]:
+        free = self.settings.budget_bytes - others.bytes - sum(_held(load) for load in loads)
         found = []
-        merged = self._best_merge(loads, all_tokens, free)
+        merged = None if others.merged else self._best_merge(loads, all_tokens, free)
         if merged is not None:
             free -= merged.merged_bytes - _held(merged)
             saved = self.merge_gain(merged, all_tokens)
@@ -151,7 +176,8 @@ class Policy:
             return found
         for load in sorted(loads, key=lambda load: -self.resident_gain(load, all_tokens)):
             saved = self.resident_gain(load, all_tokens)
-            wanted = load.step == "slot" and load is not merged and saved >= self.settings.gain
+            may = load.step == "slot" and load.may("resident")
+            wanted = may and load is not merged and saved >= self.settings.gain
             if wanted and load.resident_bytes <= free:
                 free -= load.resident_bytes
                 found.append(Decision(load.name, "resident", _says(load, all_tokens, saved, "resident saves")))
@@ -160,6 +186,7 @@ class Policy:
     def _best_merge(self, loads: Iterable[Load], all_tokens: float, free: int) -> Load | None:
         if not self.settings.merge or any(load.step == "merged" for load in loads):
             return None
+        loads = [load for load in loads if load.may("merge")]
         best = max(loads, key=lambda load: self.merge_gain(load, all_tokens), default=None)
         if best is None or self.merge_gain(best, all_tokens) < self.settings.gain:
             return None

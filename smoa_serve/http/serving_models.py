@@ -24,8 +24,8 @@ from smoa_serve.errors import (
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
-from smoa_serve.http.engine_calls import answered, ask_workers
-from smoa_serve.http.ladder import step_of
+from smoa_serve.http.engine_calls import answered, ask_workers, bring_in
+from smoa_serve.http.ladder import Ladder, step_of
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
 from smoa_serve.log_sharing import share_logging
@@ -49,13 +49,16 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     Attributes:
         revisions: name -> the current revision.
+        ladder: of this server, once it serves.
     """
 
     revisions: dict[str, Revision]
+    ladder: Ladder | None
 
     def begin(self) -> None:
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
         self.revisions = {}
+        self.ladder = None
         self._settings = Settings.from_environment()
         self._store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,7 +124,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if parent is not None and self.is_base_model(parent):
             request.base_model_name = parent
         try:
-            await answered(self.engine_client, self.engine_client.add_lora(request), "add_lora")
+            await bring_in(self.engine_client, request)
         except EngineGoneError:
             raise
         except Exception as error:
@@ -129,7 +132,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self.revisions[name], self.lora_requests[name] = revision, request
         logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
         if previous is not None:
-            self._remove_later(previous)
+            self.remove_later(previous)
         return revision
 
     def _number(self, engine_name: str) -> int:
@@ -142,10 +145,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     def _stage(self, path: Path) -> StagedAdapter:
         return self._store.stage(path, self._base, self._options)
 
-    def _remove_later(self, revision: Revision) -> None:
-        """Free a revision's slot and host memory once no request uses it."""
+    def remove_later(self, revision: Revision) -> None:
+        """Free a revision's slot and host memory once no request uses it; what it holds beyond that now."""
+        name_ends = revision.name not in self.revisions
 
         async def drain() -> None:
+            if self.ladder is not None:
+                with suppress(SmoaError):  # a worker that could not is asked again before the next move
+                    await self.ladder.forget(revision, name_ends=name_ends)
             while in_flight(self.engine_client, revision.engine_name):
                 await asyncio.sleep(_DRAIN_POLL_S)
             current = self.revisions.get(revision.name)
@@ -191,7 +198,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             if refused is not None:
                 return refused
             del self.lora_requests[request.lora_name]
-            self._remove_later(self.revisions.pop(request.lora_name))
+            self.remove_later(self.revisions.pop(request.lora_name))
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> Any:

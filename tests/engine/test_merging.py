@@ -193,6 +193,7 @@ def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
     with pytest.raises(Exception, match="the adapter is not staged yet"):
         engine.collective_rpc("smoa_merge", args=("compensate",))
     stage(engine, "smoa-8-2")
+    engine.collective_rpc("smoa_merge", args=("compensate",))
     assert refused("hira-4") == ["another adapter is merged; un-merge it first"]
     engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0)])
