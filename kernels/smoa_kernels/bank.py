@@ -121,8 +121,8 @@ class LayerBank:
         except BaseException:
             self._release(held)
             raise
-        self._vacate(slot)
         try:
+            self._vacate(slot)
             for index, (update, entry) in enumerate(zip(updates, held, strict=True)):
                 if update is not None and entry is not None:
                     self._write(index, slot, update, entry.partition)

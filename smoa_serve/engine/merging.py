@@ -58,6 +58,7 @@ class Merger:
         merged: whether switching is possible; active: whether the weights hold the update now.
         policy: of the merged adapter.
         broken: why nothing may be served any more; None while every weight is known to be whole.
+        untidy: something of an adapter that is not merged any more could not be given back yet.
     """
 
     def __init__(self, layers: dict[str, SmoaLinearMixin]) -> None:
@@ -69,6 +70,7 @@ class Merger:
         self._one_pass, self._rank, self._cost = False, 0, CPP_COST
         self.policy = MergePolicy.COMPENSATE
         self.broken: str | None = None
+        self.untidy, self._dropping = False, list[WeightExchange]()
 
     @cached_property
     def switches_freely(self) -> bool:
@@ -95,6 +97,8 @@ class Merger:
             AdapterBusyError: another adapter is merged.
             AdapterError: a layer's weight cannot be exchanged.
         """
+        if self.untidy:
+            self._drop()
         staged = self._staged
         if staged is not None:
             if self.merged and staged.lora_id != lora_id:
@@ -286,14 +290,23 @@ class Merger:
 
     def _drop(self) -> None:
         """Give back all that was staged; the original weights have to be in place."""
-        exchanges, self._exchanges, self._staged, self.merged = self._exchanges, {}, None, False
+        self._dropping += self._exchanges.values()
+        self._exchanges, self._staged, self.merged, self.untidy = {}, None, False, True
+        try:
+            self._drop_layers()
+        except Exception:
+            logger.exception("Giving back what was staged failed in a layer; it is tried once more")
+            self._drop_layers()
+
+    def _drop_layers(self) -> None:
         with ExitStack() as stack:  # every layer, whatever another one raises
             for layer in self.layers.values():
                 stack.callback(layer.smoa_bank.drop_merged)
                 stack.callback(layer.smoa_weight.close)
                 stack.callback(layer.smoa_weight.reset_original)
-            for exchange in exchanges.values():
+            for exchange in self._dropping:
                 stack.callback(exchange.drop)
+        self._dropping, self.untidy = [], False
 
 
 def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapters: bool, one_pass: bool) -> bool:

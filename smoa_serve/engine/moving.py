@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic
@@ -91,17 +92,20 @@ class MovingManager(LRUCacheLoRAModelManager):
             return
         self._content_version += 1
         self._unwiped.add(slot)
-        try:
-            self._wipe(slot)
-        except Exception:
-            logger.exception("Slot %d could not be emptied; it is before it is used again", slot)
+        for _ in range(2):
+            try:
+                self._wipe(slot)
+                return
+            except Exception:
+                logger.exception("Slot %d could not be emptied; it is before it is used again", slot)
 
     def _wipe(self, slot: int) -> None:
-        """Empty a slot in every layer."""
-        for module in self.modules.values():
-            if hasattr(module, "reset_module_to_save"):  # a classification head
-                module.reset_module_to_save(slot)
-            module.reset_lora(slot)
+        """Empty a slot in every layer, whatever one of them raises."""
+        with ExitStack() as stack:
+            for module in self.modules.values():
+                if hasattr(module, "reset_module_to_save"):  # a classification head
+                    stack.callback(module.reset_module_to_save, slot)
+                stack.callback(module.reset_lora, slot)
         self._unwiped.discard(slot)
 
     def stage_merge(self, lora_id: int, budget_s: float) -> dict[str, Any]:
@@ -183,7 +187,7 @@ class MovingManager(LRUCacheLoRAModelManager):
         Raises:
             WeightChecksumError: a weight is not what it was.
         """
-        if self.merger.lora_id == lora_id:
+        if self.merger.lora_id == lora_id or self.merger.untidy:
             self.end_merge()
 
     def leave_resident(self, lora_id: int) -> None:

@@ -200,6 +200,12 @@ def makers() -> Any:
 
 
 @pytest.fixture(scope="session")
+def faults() -> Any:
+    """The module faults.py."""
+    return _load_module("faults.py")
+
+
+@pytest.fixture(scope="session")
 def quantizing() -> Any:
     """The module quantized_makers.py."""
     return _load_module("quantized_makers.py")
