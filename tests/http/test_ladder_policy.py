@@ -1,18 +1,19 @@
 """The automatic policy, on made-up loads."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from smoa_kernels.cost import CostModel
 
-from smoa_serve.http.ladder_policy import Load, Policy, PolicySettings, Rates
+from smoa_serve.http.ladder_policy import Load, Others, Policy, PolicySettings, Rates
 
 COST = CostModel(form=5.0, form_per_rank=1.0, resident=4.0)
 ALLOWED = PolicySettings(merge=True, resident=True, budget_bytes=1000)
 
 
 def load(
-    name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, alone_steps: float = 0.0, **facts: int
+    name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, alone_steps: float = 0.0, **facts: Any
 ) -> Load:
     return Load(
         name,
@@ -127,3 +128,35 @@ def test_rates_follow_the_counters() -> None:
     assert rates.all == pytest.approx(5.0)
     rates.observe(30, {"0": 60})  # the engine forgot an adapter
     assert rates.tokens["7"] == 1.0
+
+
+def test_an_action_that_was_refused_rules_out_no_other() -> None:
+    hot = load(tokens=15, refused=frozenset({"merge"}))
+    assert moves(policy_of(), [hot], 16, 2) == [("a", "resident")]
+    assert moves(policy_of(), [load(tokens=15, refused=frozenset({"merge", "resident"}))], 16, 2) == []
+    # And it may still be brought down again.
+    idle = load(tokens=0, step="resident", refused=frozenset({"merge"}))
+    assert moves(policy_of(), [idle], 16, 3) == [("a", "slot")]
+
+
+def test_what_is_pinned_is_not_moved_and_counts_for_what_it_holds() -> None:
+    pinned = load("by-hand", tokens=1, step="resident", resident_bytes=950, movable=False)
+    hot = load(tokens=4)
+    assert moves(policy_of(), [hot], 20, 2) == [("a", "resident")]
+    assert moves(policy_of(), [hot, pinned], 20, 2) == []
+
+
+def test_beside_an_adapter_that_was_merged_by_hand_no_other_is_merged() -> None:
+    merged = load("by-hand", tokens=0, step="merged", merged_bytes=100, movable=False)
+    assert moves(policy_of(), [load(tokens=15), merged], 16, 4) == [("a", "resident")]
+
+
+def test_revisions_that_end_their_requests_count_for_what_they_hold() -> None:
+    policy = policy_of()
+    for _ in range(2):
+        decided = policy.decide([load(tokens=15)], 16, Others(bytes=100, merged=True))
+    assert [decision.action for decision in decided] == ["resident"]
+    policy = policy_of()
+    for _ in range(2):
+        decided = policy.decide([load(tokens=15)], 16, Others(bytes=950))
+    assert decided == []
