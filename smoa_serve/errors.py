@@ -5,6 +5,7 @@ one round of repairs is enough.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 # Begins what a request is told whose adapter the workers could not bring into a slot.
 NOT_IN_A_SLOT = "the adapter could not be brought into a slot"
@@ -73,6 +74,22 @@ class MoveRefusedError(AdapterError):
 
 class MoveFailedError(SmoaError):
     """A move failed half-way and was undone on every worker; it can be asked for again."""
+
+
+class WorkerError(SmoaError):
+    """A worker could not do what all workers were asked for."""
+
+
+def raised_or(answers: list[dict[str, Any]], doing: str) -> list[dict[str, Any]]:
+    """The answers of all workers to a method of `engine/rpc.py`.
+
+    Raises:
+        WorkerError: what the workers raised.
+    """
+    raised = sorted({answer["raised"] for answer in answers if "raised" in answer})
+    if raised:
+        raise WorkerError(f"{doing} failed on a worker: {'; '.join(raised)}")
+    return answers
 
 
 def reasons_of(error: BaseException) -> list[str]:

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from smoa_serve.errors import NOT_IN_A_SLOT, AdapterError
+from smoa_serve.errors import NOT_IN_A_SLOT, AdapterError, WorkerError, raised_or
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class AdapterGate:
             lora_int_id -> why it is on no worker now, for those that failed on one.
         """
         self.forget_ready()
-        answers = self._call("smoa_bring", list(requests))
+        answers = self.call("smoa_bring", list(requests))
         failed: dict[int, list[str]] = {}
         for answer in answers:
             for number, reasons in answer["failed"].items():
@@ -70,8 +70,8 @@ class AdapterGate:
         for number in failed:
             # Those that have it give it up: the next try begins afresh everywhere.
             try:
-                self._core.model_executor.remove_lora(number)
-            except Exception:
+                self.call("smoa_remove", number)
+            except WorkerError:
                 logger.exception("A worker keeps what it has of adapter %d", number)
         self._ready = frozenset.intersection(*(frozenset(answer["active"]) for answer in answers)) - failed.keys()
         return failed
@@ -105,7 +105,7 @@ class AdapterGate:
     def clean(self) -> None:
         """Where nothing is merged any more, nothing that was computed on merged weights is found in the prefix cache:
         rounded into the model's dtype, they are not quite the base's plus the update."""
-        if not self._tainted or any(answer["merged"] is not None for answer in self._call("smoa_merged")):
+        if not self._tainted or any(answer["merged"] is not None for answer in self.call("smoa_merged")):
             return
         scheduler = self._core.scheduler
         scheduler.kv_cache_manager.evict_blocks(set(range(len(scheduler.kv_cache_manager.block_pool.blocks))))
@@ -116,9 +116,13 @@ class AdapterGate:
             request.update_block_hashes()
         self._tainted = False
 
-    def _call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = self._core.model_executor.collective_rpc(method, args=arguments)
-        return answers
+    def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Ask all workers.
+
+        Raises:
+            WorkerError: one failed.
+        """
+        return raised_or(self._core.model_executor.collective_rpc(method, args=arguments), method)
 
 
 def gate_of(core: Any) -> AdapterGate:
@@ -185,12 +189,17 @@ def add_lora(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> 
 
 
 def remove_lora(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:
-    """A wrapper of `EngineCore.remove_lora`."""
+    """In place of `EngineCore.remove_lora`.
+
+    Raises:
+        WorkerError: a worker could not; the others have removed it.
+    """
     gate = gate_of(core)
     gate.forget_ready()
-    removed = wrapped(*args, **kwargs)
-    gate.clean()
-    return removed
+    try:
+        return any(answer["removed"] for answer in gate.call("smoa_remove", args[0] if args else kwargs["lora_id"]))
+    finally:
+        gate.clean()
 
 
 def collective_rpc(wrapped: Callable[..., Any], core: Any, args: Any, kwargs: Any) -> Any:

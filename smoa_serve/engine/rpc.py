@@ -1,16 +1,37 @@
-"""Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`."""
+"""Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`. They answer what was raised instead of raising it.
+
+vLLM's executor stops reading at the first worker that raised. The answers of the others stay in their queues, and the
+next call takes them for its own.
+"""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from smoa_serve import __version__
-from smoa_serve.errors import AdapterBusyError, AdapterError
+from smoa_serve.errors import AdapterBusyError, AdapterError, SmoaError
 from smoa_serve.merge_policy import MergePolicy
 
 logger = logging.getLogger(__name__)
 
 
+def _answering(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """With `raised`, what was raised, in place of everything else where something was."""
+
+    @functools.wraps(method)
+    def answer(worker: Any, *arguments: Any) -> dict[str, Any]:
+        try:
+            return method(worker, *arguments)
+        except Exception as error:
+            logger.exception("%s failed on a worker", method.__name__)
+            return {"raised": str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"}
+
+    return answer
+
+
+@_answering
 def smoa_status(worker: Any) -> dict[str, Any]:
     """What one worker knows: proof that the plugin is in this process, and where each adapter resides.
 
@@ -57,6 +78,7 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     }
 
 
+@_answering
 def smoa_bring(worker: Any, requests: list[Any]) -> dict[str, Any]:
     """Bring adapters into slots; see `SmoaWorkerManager.bring`.
 
@@ -71,6 +93,17 @@ def smoa_bring(worker: Any, requests: list[Any]) -> dict[str, Any]:
     return {"failed": manager.bring(requests), "active": manager.active()}
 
 
+@_answering
+def smoa_remove(worker: Any, lora_int_id: int) -> dict[str, Any]:
+    """Forget an adapter.
+
+    Returns:
+        removed: whether it was here.
+    """
+    return {"removed": worker.model_runner.lora_manager.remove_adapter(lora_int_id)}
+
+
+@_answering
 def smoa_merged(worker: Any) -> dict[str, Any]:
     """What is merged into this worker's weights.
 
@@ -81,6 +114,7 @@ def smoa_merged(worker: Any) -> dict[str, Any]:
     return {"merged": merger.lora_id if merger.merged else None}
 
 
+@_answering
 def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> dict[str, Any]:
     """Work for about `budget_s` towards an adapter being merged or resident. Called again and again between steps, so
     that no running request waits for longer. A worker on which it fails has undone it.
@@ -109,6 +143,7 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> d
     return report
 
 
+@_answering
 def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:
     """Let the staged adapter be merged from the next step on; the work is done, this switches.
 
@@ -120,7 +155,8 @@ def smoa_merge(worker: Any, policy: str) -> dict[str, Any]:
     return {"bytes": manager.merger.nbytes}
 
 
-def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> None:
+@_answering
+def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> dict[str, Any]:
     """Back to the slot: un-merge (bit for bit, checked) or give resident blocks back; nothing if it is there.
 
     Args:
@@ -133,9 +169,10 @@ def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> Non
         manager.leave_merged(lora_int_id)
     if target != "merged":
         manager.leave_resident(lora_int_id)
+    return {}
 
 
-METHODS = (smoa_status, smoa_bring, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
+METHODS = (smoa_status, smoa_bring, smoa_remove, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
 
 
 def _manager(worker: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from time import monotonic
 from typing import Any, TypeVar
 
-from smoa_serve.errors import EngineGoneError
+from smoa_serve.errors import EngineGoneError, raised_or
 
 Answer = TypeVar("Answer")
 
@@ -43,8 +43,13 @@ def _gone(doing: str) -> str:
 
 
 async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
-    """The answers of all workers of all data-parallel replicas to a method of `engine/rpc.py`; see `answered`."""
-    return await answered(engine, _of_all_replicas(engine, method, arguments), method)
+    """The answers of all workers of all data-parallel replicas to a method of `engine/rpc.py`; see `answered`.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+        WorkerError: a worker failed.
+    """
+    return raised_or(await answered(engine, _of_all_replicas(engine, method, arguments), method), method)
 
 
 async def _of_all_replicas(engine: Any, method: str, arguments: tuple[Any, ...]) -> list[dict[str, Any]]:

@@ -10,7 +10,14 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from smoa_serve.errors import EngineGoneError, MoveAbandonedError, MoveFailedError, MoveRefusedError, SmoaError
+from smoa_serve.errors import (
+    EngineGoneError,
+    MoveAbandonedError,
+    MoveFailedError,
+    MoveRefusedError,
+    SmoaError,
+    WorkerError,
+)
 from smoa_serve.http.engine_calls import ask_workers, bring_in
 from smoa_serve.http.revisions import Revision
 from smoa_serve.merge_loss import too_much_lost
@@ -177,7 +184,8 @@ class Ladder:
                 logger.exception("Undoing the move of %s failed on a worker; it is tried again", revision.name)
             if self._current(revision.name) != revision:
                 self._release(revision)
-            if isinstance(error, SmoaError) or not isinstance(error, Exception):
+            ours = isinstance(error, SmoaError) and not isinstance(error, WorkerError)
+            if ours or not isinstance(error, Exception):
                 raise
             raise MoveFailedError(
                 f"moving adapter {revision.name!r} failed and was undone: {error}; ask again"
@@ -210,7 +218,7 @@ class Ladder:
             longest = max(longest, monotonic() - start)
             failed = sorted({report["failed"] for report in reports if report["failed"]})
             if failed:
-                raise RuntimeError("; ".join(failed))
+                raise WorkerError("; ".join(failed))
             reasons = sorted({reason for report in reports for reason in report["refused"]})
             if reasons:
                 raise MoveRefusedError(revision.name, reasons, lasting=any(report["lasting"] for report in reports))

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import AdapterNotFoundError, MoveFailedError, MoveRefusedError
+from smoa_serve.errors import AdapterNotFoundError, MoveFailedError, MoveRefusedError, WorkerError
 from smoa_serve.http import parity
 from smoa_serve.http.ladder import Ladder, Move
 from smoa_serve.http.revisions import Revision
@@ -60,7 +60,7 @@ async def move(
         return refused(error, 404)
     except MoveRefusedError as error:
         return refused(error, 409)
-    except MoveFailedError as error:
+    except (MoveFailedError, WorkerError) as error:
         return refused(error, 500)
     if target == "unpin":
         ladder.pinned.discard(name)

@@ -16,7 +16,7 @@ POINTS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("smoa_serve.engine.model_manager", None, ("bind_modules",)),
     ("smoa_serve.engine.model_manager", "SmoaModelManager", ("check_lora", "_add_adapter", "remove_adapter")),
     ("smoa_serve.engine.layers", "SmoaLinearMixin", ("set_lora", "reset_lora")),
-    ("smoa_serve.engine.weights", "ServedWeight", ("block", "whole", "close")),
+    ("smoa_serve.engine.weights", "ServedWeight", ("block", "whole")),
     ("smoa_kernels.partition_source", "PartitionSource", ("acquire", "keep")),
     (
         "smoa_kernels.bank",

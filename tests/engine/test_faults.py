@@ -7,6 +7,7 @@ default a part of the places is tried, SMOA_FAULTS=all tries every one and write
 import asyncio
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Bench:
 
     def __init__(self, llm: Any, adapters: dict[str, Path], faults: Any, ranks: int) -> None:
         self.llm, self.adapters, self.faults, self.ranks = llm, adapters, faults, ranks
-        self.ladder = Ladder(self, lambda name: self.revision(name), lambda revision: None)
+        self.ladder = Ladder(self, self.revision, lambda revision: None)
         self._revisions = {name: self._make_revision(name) for name in ADAPTERS}
 
     async def add_lora(self, request: Any) -> Any:
@@ -311,7 +312,7 @@ def _chosen(count: int, rank: int) -> list[int]:
 
 
 def _store(operation: str, ranks: int, tried: Counter[str]) -> None:
-    print(f"faults: {operation}, TP={ranks}: {tried.total()} places tried")
+    sys.stdout.write(f"faults: {operation}, TP={ranks}: {tried.total()} places tried\n")
     if EVERYTHING:
         line = {"operation": operation, "ranks": ranks, "tried": tried.total(), "places": dict(sorted(tried.items()))}
         with RESULTS.open("a") as file:

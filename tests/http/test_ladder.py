@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
+from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError, WorkerError
 from smoa_serve.http.ladder import Ladder
 from smoa_serve.merge_policy import MergePolicy
 
@@ -59,13 +59,14 @@ class Rank:
         self.merged = self.staged[0]
         return {"bytes": 8}
 
-    def smoa_demote(self, number: int, target: str | None) -> None:
+    def smoa_demote(self, number: int, target: str | None) -> dict[str, Any]:
         if target != "resident" and self.staged is not None and self.staged[0] == number:
             self.staged = self.merged = None
         if target != "merged":
             self.resident.discard(number)
             if self.forming is not None and self.forming[0] == number:
                 self.forming = None
+        return {}
 
     def smoa_status(self) -> dict[str, Any]:
         residence = {str(number): "slot" for number in self.loaded} | {str(n): "resident" for n in self.resident}
@@ -121,7 +122,9 @@ class Engine:
         if kind in ("raise", "raise after"):
             if kind == "raise after":
                 getattr(worker, method)(*arguments)
-            return RuntimeError(f"{method} failed on rank {rank}")
+            failed = f"{method} failed on rank {rank}"
+            # As `engine/rpc.py` and as vLLM's own calls do.
+            return {"raised": failed} if method.startswith("smoa_") else RuntimeError(failed)
         return getattr(worker, method)(*arguments)
 
 
@@ -195,7 +198,7 @@ def test_a_move_that_fails_at_any_call_on_any_rank_is_undone_everywhere_and_can_
             ladder = ladder_of(engine)
             try:
                 asyncio.run(move(ladder))
-            except (MoveRefusedError, MoveFailedError, RuntimeError):
+            except (MoveRefusedError, MoveFailedError, WorkerError):
                 failed += 1
                 assert [rank.held for rank in engine.ranks] == [Rank().held] * RANKS, (rank, place, engine.calls)
             engine.fault = None
