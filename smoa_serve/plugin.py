@@ -36,7 +36,7 @@ def _enter_worker_manager(module: ModuleType) -> None:
 def _enter_worker(module: ModuleType) -> None:
     from smoa_serve.engine import rpc
 
-    for method in (rpc.smoa_status, rpc.smoa_stage, rpc.smoa_merge, rpc.smoa_demote):
+    for method in (rpc.smoa_status, rpc.smoa_ready, rpc.smoa_stage, rpc.smoa_merge, rpc.smoa_demote):
         setattr(module.WorkerBase, method.__name__, method)
 
 
@@ -56,10 +56,31 @@ def _enter_message_queue(module: ModuleType) -> None:
         wrapt.wrap_function_wrapper(module, "SpinCondition.__init__", sleep_sooner)
 
 
-def _enter_async_engine(module: ModuleType) -> None:
-    from smoa_serve.http.counting import count_requests
+def _enter_engine_core(module: ModuleType) -> None:
+    def admit(wrapped: Any, core: Any, args: Any, kwargs: Any) -> None:
+        from smoa_serve.engine.admission import admit as admit_adapters
 
-    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", count_requests)
+        admit_adapters(wrapped, core, args, kwargs)
+
+    wrapt.wrap_function_wrapper(module, "EngineCore.__init__", admit)
+
+
+def _enter_async_engine(module: ModuleType) -> None:
+    from smoa_serve.http.counting import enter_request
+
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", enter_request)
+
+
+def _enter_output_processor(module: ModuleType) -> None:
+    from smoa_serve.http.private_copies import report_failures
+
+    wrapt.wrap_function_wrapper(module, "OutputProcessor.process_outputs", report_failures)
+
+
+def _enter_metrics(module: ModuleType) -> None:
+    from smoa_serve.http.lora_metric import keep_one_series
+
+    wrapt.wrap_function_wrapper(module, "PrometheusStatLogger.__init__", keep_one_series)
 
 
 def _enter_serving_models(module: ModuleType) -> None:
@@ -76,6 +97,9 @@ _HOOKS = {
     "vllm.v1.worker.worker_base": _enter_worker,
     "vllm.platforms.cpu": _enter_cpu_platform,
     "vllm.distributed.device_communicators.shm_broadcast": _enter_message_queue,
+    "vllm.v1.engine.core": _enter_engine_core,
     "vllm.v1.engine.async_llm": _enter_async_engine,
+    "vllm.v1.engine.output_processor": _enter_output_processor,
+    "vllm.v1.metrics.loggers": _enter_metrics,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
 }

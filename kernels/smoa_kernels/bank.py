@@ -96,6 +96,11 @@ class LayerBank:
         """Bytes of the weight blocks and orders of all partitions held, those kept without a user included."""
         return self._source.nbytes
 
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions are held, those kept without a user included."""
+        return self._source.count
+
     def set(self, slot: int, updates: Sequence[SliceUpdate | None]) -> None:
         """Puts an adapter's updates into a slot, replacing what was there. Either all of it happens or none.
 
@@ -134,6 +139,25 @@ class LayerBank:
         self._check_slot(slot)
         self._vacate(slot)
         self._changed()
+
+    def own(self, slot: int, owner: Hashable) -> None:
+        """Says whose updates a slot holds: partitions that no slot uses are kept for their owners to come back.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            owner: of what the slot holds now.
+
+        Raises:
+            SlotError: no such slot.
+        """
+        self._check_slot(slot)
+        for entry in self.slots[slot]:
+            if entry is not None:
+                entry.partition.owners.add(owner)
+
+    def forget(self, owner: Hashable) -> None:
+        """Drops what is kept for an owner who never comes back; slots are emptied by `clear`."""
+        self._source.forget(owner)
 
     def _vacate(self, slot: int) -> None:
         self._release(self.slots[slot])

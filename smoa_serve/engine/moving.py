@@ -3,27 +3,14 @@
 from collections.abc import Iterator
 from functools import cached_property
 
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
-
-from smoa_serve.adapter import Adapter
+from smoa_serve.engine.freeing import FreeingManager, SmoaModel
 from smoa_serve.engine.layers import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger, WeightChecksumError
 from smoa_serve.errors import AdapterError
 from smoa_serve.merge_policy import MergePolicy
 
 
-class SmoaModel(LoRAModel):
-    """A SMoA or HiRA adapter in host memory, in the place where vLLM keeps a `LoRAModel`.
-
-    Attributes:
-        adapter: what was read.
-    """
-
-    adapter: Adapter
-
-
-class MovingManager(LRUCacheLoRAModelManager):
+class MovingManager(FreeingManager):
     """The moves of one worker.
 
     Attributes:

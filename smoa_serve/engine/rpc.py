@@ -1,6 +1,7 @@
 """Worker methods for `collective_rpc`, put on vLLM's `WorkerBase`."""
 
 import dataclasses
+from collections.abc import Collection
 from time import monotonic
 from typing import Any
 
@@ -24,6 +25,7 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         cost: the kernels' cost model, None where no layer takes SMoA.
         block_bytes: str(lora_int_id) -> bytes of the blocks of W that an adapter in a slot uses.
         weight_bytes: of all weights of the layers that take SMoA; layers: how many there are.
+        host_bytes, contents, partitions: see `FreeingManager.memory`.
         partition_bytes: device bytes of the weight blocks and orders kept for their partitions.
     """
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
@@ -51,8 +53,23 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         "block_bytes": {str(lora_id): size for lora_id, size in manager.block_bytes().items()},
         "weight_bytes": sum(layer.smoa_weight.dequantized_bytes for layer in smoa_layers),
         "layers": len(smoa_layers),
+        **manager.memory(),
         "partition_bytes": sum(layer.smoa_bank.partition_bytes for layer in smoa_layers),
     }
+
+
+def smoa_ready(worker: Any, requests: Collection[Any]) -> dict[str, Any]:
+    """Bring the adapters of the next step into slots; see `SmoaWorkerManager.ready`.
+
+    Args:
+        worker: vLLM's.
+        requests: LoRA requests of all adapters of the step.
+
+    Returns:
+        failed: lora_int_id -> why; active: lora_int_id -> requested path, of all adapters in slots.
+    """
+    workers_manager = worker.model_runner.lora_manager
+    return {"failed": workers_manager.ready(requests), "active": workers_manager.active}
 
 
 def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> dict[str, Any]:

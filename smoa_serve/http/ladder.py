@@ -179,6 +179,12 @@ class Ladder:
         return move
 
 
+def forget_metrics(name: str) -> None:
+    """Take away what is shown of an adapter that has left."""
+    BYTES.remove(name)
+    STEP.remove(name)
+
+
 def step_of(statuses: list[dict[str, Any]], lora_int_id: int) -> str:
     """Where an adapter resides: the lowest step of all workers."""
     found: list[str] = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]

@@ -88,9 +88,11 @@ class Rates:
         passed = steps - self._steps
         new = Counter(counters)
         if passed > 0:
-            for key in {*self.tokens, *new}:
+            for key in new:
                 rate = max(new[key] - self._seen[key], 0) / passed
                 self.tokens[key] = NEWEST * rate + (1 - NEWEST) * self.tokens.get(key, rate)
+            for key in self.tokens.keys() - new.keys():
+                del self.tokens[key]  # it has left, and its counters with it
         self._steps, self._seen = steps, new
         return passed > 0
 
