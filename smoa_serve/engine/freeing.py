@@ -42,7 +42,7 @@ class FreeingManager(LRUCacheLoRAModelManager):
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Bring an adapter into a slot, unless it is in one."""
-        activated = False
+        activated: bool = False
         try:
             activated = super().activate_adapter(lora_id)
         finally:

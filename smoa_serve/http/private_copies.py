@@ -80,7 +80,7 @@ def _signature(folder: Path) -> Signature | None:
 
 def report_failures(wrapped: Callable[..., Any], processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A wrapper of `OutputProcessor.process_outputs`: a request whose adapter could not be brought into its slot ends
-    with the reason as an error. Offline, where there is nobody to raise it at, the reason is the answer's `stop_reason`.
+    with the reason as an error. Offline, where nobody waits for one, the reason is the answer's `stop_reason`.
     """
     from smoa_serve.engine.admission import FAILED
 
