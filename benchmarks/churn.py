@@ -28,9 +28,10 @@ from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.demo.server import ServerProcess, free_port, serve_command
 from smoa_serve.errors import SmoaError
 from smoa_serve.formats import write_portable
+from smoa_serve.order_cache import cache_root
 from smoa_serve.spectral import even_ranks
 
-TINY = Shape("churn", 64, 2, 4, 2, 160, 512)
+TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
 KINDS = ("smoa", "smoa", "hira", "lora")
 CONTENTS = 24
 WORKERS, NAMES = 4, 3  # names of each worker
@@ -354,7 +355,9 @@ def _serve(
         "SMOA_STORE_DIR": str(folder / "store"),
     }
     samples: list[Sample] = []
-    with ServerProcess(command, port, folder / "server.log", environment) as server:
+    logs = cache_root() / "benchmarks" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ServerProcess(command, port, logs / "churn.log", environment) as server:
         server.wait_ready(lambda waited_s, line: None)
         with httpx.Client(base_url=server.url, timeout=120) as watcher:
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
@@ -48,21 +49,27 @@ class AdapterAdmission:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """The scheduler's, and then the adapters of what it chose are made ready."""
         output = self._schedule(*args, **kwargs)
+        new = {one.req_id for one in output.scheduled_new_reqs}
         wanted: dict[int, LoRARequest] = {}
         for request_id in output.num_scheduled_tokens:  # running requests come first: they keep their number
             lora = self._scheduler.requests[request_id].lora_request
-            if lora is not None and wanted.setdefault(lora.lora_int_id, lora).lora_path != lora.lora_path:
-                used = wanted[lora.lora_int_id].lora_name
-                self._fail(request_id, f"its number {lora.lora_int_id} is in use by {used!r}; give each its own")
+            if lora is None:
+                continue
+            if lora.load_inplace and request_id not in new:
+                lora = msgspec.structs.replace(lora, load_inplace=False)  # it was, in the request's first step
+            first = wanted.setdefault(lora.lora_int_id, lora)
+            if first.lora_path != lora.lora_path:
+                reason = f"its number {lora.lora_int_id} is in use by {first.lora_name!r}; give each its own"
+                self._fail(request_id, reason)
         if not self._are_ready(wanted):
             self._make_ready(output, wanted)
         return output
 
     def _are_ready(self, wanted: dict[int, LoRARequest]) -> bool:
-        if self._active is None:
-            return not wanted
         active = self._active
-        return all(active.get(number) == lora.lora_path for number, lora in wanted.items())
+        if active is None:
+            return not wanted
+        return all(active.get(number) == lora.lora_path and not lora.load_inplace for number, lora in wanted.items())
 
     def _make_ready(self, output: Any, wanted: dict[int, LoRARequest]) -> None:
         answers = self._executor.collective_rpc("smoa_ready", args=(list(wanted.values()),))
@@ -70,7 +77,8 @@ class AdapterAdmission:
         for answer in answers:
             reasons |= answer["failed"]
         first, *others = (answer["active"].items() for answer in answers)
-        self._active = dict(set(first).intersection(*others))
+        # After a failure the workers are asked again with the next step: what they leave out is for this one only.
+        self._active = None if reasons else dict(set(first).intersection(*others))
         for request_id in output.num_scheduled_tokens:
             lora = self._scheduler.requests[request_id].lora_request
             if lora is not None and lora.lora_int_id in reasons:

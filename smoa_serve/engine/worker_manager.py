@@ -17,7 +17,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.engine.model_manager import SmoaModelManager
-from smoa_serve.errors import AdapterError
+from smoa_serve.errors import AdapterError, SmoaError
 from smoa_serve.formats import LoadOptions, load_adapter
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
@@ -145,7 +145,8 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
             try:
                 self.add_adapter(request)
             except Exception as error:  # whatever it is, it is these requests' own
-                logger.exception("Adapter %s cannot be brought into its slot", request.lora_name)
+                trace = None if isinstance(error, SmoaError) else error
+                logger.error("Adapter %s is not in its slot: %s", request.lora_name, error, exc_info=trace)
                 failed[request.lora_int_id] = str(error)
         self._failed = frozenset(failed)
         return failed
@@ -160,17 +161,23 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         }
 
     def set_active_adapters(self, requests: set[Any], mapping: LoRAMapping | None) -> None:
-        """Vllm's, once per step. Tokens whose adapter failed in `ready` count as the base's; nobody gets to see what
-        comes of them."""
-        if self._failed:
-            requests = {request for request in requests if request and request.lora_int_id not in self._failed}
-            if mapping is not None and self._failed.intersection(mapping.index_mapping + mapping.prompt_mapping):
-                mapping = LoRAMapping(
-                    index_mapping=tuple(0 if i in self._failed else i for i in mapping.index_mapping),
-                    prompt_mapping=tuple(0 if i in self._failed else i for i in mapping.prompt_mapping),
-                    is_prefill=mapping.is_prefill,
-                    type=mapping.type,
-                )
+        """Vllm's, once per step. What `ready` brought into a slot is what its number means in this step. Tokens whose
+        adapter failed there count as the base's; nobody gets to see what comes of them."""
+        active = self.active
+        requests = {
+            msgspec.structs.replace(
+                request, lora_path=active.get(request.lora_int_id, request.lora_path), load_inplace=False
+            )
+            for request in requests
+            if request and request.lora_int_id not in self._failed
+        }
+        if mapping is not None and self._failed.intersection(mapping.index_mapping):
+            mapping = LoRAMapping(
+                index_mapping=tuple(0 if i in self._failed else i for i in mapping.index_mapping),
+                prompt_mapping=tuple(0 if i in self._failed else i for i in mapping.prompt_mapping),
+                is_prefill=mapping.is_prefill,
+                type=mapping.type,
+            )
         super().set_active_adapters(requests, mapping)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
