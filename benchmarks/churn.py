@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from smoa_kernels.testing import random_blocks
 
 from benchmarks.bars import Bar
@@ -306,9 +306,9 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
     """
     operations, warm_up, every = (1500, 500, 50) if quick else (10_500, 500, 100)
     console = Console(stderr=True)
-    base = random_base(TINY)
     folder = Path(tempfile.mkdtemp(prefix="smoa-churn-"))
     try:
+        base = _loud_base(folder / "base")
         contents, movable = make_contents(base, folder / "adapters")
         samples, churn = _serve(base, folder, contents, movable, operations, every, console)
     finally:
@@ -333,6 +333,15 @@ def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
         Bar("memory of all processes after against before, share", grown, None, (min(sizes), max(sizes)), GROWTH),
         Bar("series of vllm:lora_requests_info", most, None, (0, most), 1),
     ]
+
+
+def _loud_base(out: Path) -> Path:
+    """A random base whose logits are far enough apart for answers to be told apart."""
+    shutil.copytree(random_base(TINY), out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 20
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def _serve(

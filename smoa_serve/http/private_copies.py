@@ -31,6 +31,7 @@ class PrivateCopies:
     def __init__(self, store: AdapterStore, stage: Callable[[Path], StagedAdapter]) -> None:
         self._store, self._stage = store, stage
         self._known: dict[str, Signature] = {}  # engine name -> of the files when they were last read
+        self._lost: dict[str, str] = {}  # engine name -> why its copy cannot be made again
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def check(self, revision: Revision) -> None:
@@ -41,15 +42,28 @@ class PrivateCopies:
         async with self._locks.setdefault(name, asyncio.Lock()):
             if self._is_known(revision):
                 return  # another request of it has looked meanwhile
+            self.forget(name)
             try:
                 self._known[name] = await asyncio.to_thread(self._renew, revision)
             except (SmoaError, OSError) as error:
-                self._known.pop(name, None)
+                self._lost[name] = f"its private copy is gone or damaged, and cannot be made again: {error}"
                 logger.warning("The private copy of adapter %s is gone or damaged: %s", revision.name, error)
 
     def forget(self, engine_name: str) -> None:
         """Read the copy in full when it is next asked for: it failed, or its adapter has left."""
         self._known.pop(engine_name, None)
+        self._lost.pop(engine_name, None)
+
+    def failed(self, engine_name: str, reason: str) -> str:
+        """Takes note that an adapter could not be brought into its slot; why, and what to do.
+
+        Args:
+            engine_name: of the adapter.
+            reason: what the engine says.
+        """
+        why = self._lost.get(engine_name, reason)
+        self.forget(engine_name)
+        return f"{why}\nIf it stays so, load it again: POST /v1/load_lora_adapter with load_inplace"
 
     def _is_known(self, revision: Revision) -> bool:
         known = self._known.get(revision.engine_name)
@@ -91,11 +105,11 @@ def report_failures(wrapped: Callable[..., Any], processor: Any, args: tuple[Any
         state = processor.request_states.get(output.request_id)
         if state is None:
             continue
-        name = state.lora_name
-        error = unavailable(f"adapter {visible_name(name)!r} cannot be served: {output.stop_reason[len(FAILED) :]}")
-        copies = getattr(processor, "smoa_copies", None)
+        reason = output.stop_reason[len(FAILED) :]
+        copies: PrivateCopies | None = getattr(processor, "smoa_copies", None)
         if copies is not None:
-            copies.forget(name)
+            reason = copies.failed(state.lora_name, reason)
+        error = unavailable(f"adapter {visible_name(state.lora_name)!r} cannot be served: {reason}")
         if state.detokenizer is None:
             import torch
 
