@@ -355,6 +355,8 @@ def _serve(
 ) -> tuple[list[Sample], Churn]:
     port = free_port()
     flags = ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    # Pages of the KV cache count once they were used: few blocks, or it would grow for as long as there are fresh ones.
+    flags += ["--num-gpu-blocks-override", "64"]
     flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8", "--enable-lora"]
     command = serve_command(base, ["--adapters-root", str(folder / "adapters"), *flags], port)
     environment = ENVIRONMENT | {
