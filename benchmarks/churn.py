@@ -70,13 +70,13 @@ class Sample:
 
     Attributes:
         operations: so far.
-        pss_kib: proportional set size by process title.
+        anon_kib: anonymous memory by process title; pages of files are shared with whoever reads them.
         metrics_bytes: size of /metrics; lora_series: series of vllm:lora_requests_info in it.
         status: the memory fields of the first worker's `smoa_status`, empty where the server does not show them.
     """
 
     operations: int
-    pss_kib: dict[str, int]
+    anon_kib: dict[str, int]
     metrics_bytes: int
     lora_series: int
     status: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Sample:
     @property
     def total_kib(self) -> int:
         """Of all processes."""
-        return sum(self.pss_kib.values())
+        return sum(self.anon_kib.values())
 
 
 class Churn:
@@ -216,8 +216,8 @@ class _Names:
     merged: str | None = None
 
 
-def pss_kib(session: int) -> dict[str, int]:
-    """Title -> proportional set size of every process of a session, titles that occur again numbered."""
+def anon_kib(session: int) -> dict[str, int]:
+    """Title -> anonymous memory of every process of a session, titles that occur again with their number."""
     found: dict[str, int] = {}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda one: int(one.name)):
         with suppress(OSError, IndexError):  # it ended while we looked
@@ -225,7 +225,7 @@ def pss_kib(session: int) -> dict[str, int]:
                 continue
             title = (folder / "comm").read_text().strip()
             lines = (folder / "smaps_rollup").read_text().splitlines()
-            size = next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            size = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
             found[title if title not in found else f"{title} {folder.name}"] = size
     return found
 
@@ -243,7 +243,7 @@ def sample(session: int, client: httpx.Client, operations: int) -> Sample:
     answer = client.post("/collective_rpc", json={"method": "smoa_status"})
     status = answer.json()["results"][0] if answer.is_success else {}
     kept = ("partition_bytes", "partitions", "host_bytes", "contents", "tokens")
-    return Sample(operations, pss_kib(session), len(text), series, {key: status[key] for key in kept if key in status})
+    return Sample(operations, anon_kib(session), len(text), series, {key: status[key] for key in kept if key in status})
 
 
 def make_contents(base_dir: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
@@ -376,7 +376,7 @@ def _serve(
                 samples.append(sample(server.pid, watcher, done))
                 if done % (10 * every) < every:
                     now = samples[-1]
-                    mib = {name: size // 1024 for name, size in now.pss_kib.items()}
+                    mib = {name: size // 1024 for name, size in now.anon_kib.items()}
                     console.print(f"{done} operations: {now.total_kib / 1024:.1f} MiB {mib}", highlight=False)
 
             async def churn_on() -> Churn:

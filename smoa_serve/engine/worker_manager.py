@@ -14,6 +14,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from smoa_serve import heap
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.engine.model_manager import SmoaModelManager
@@ -128,6 +129,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         """Forget an adapter and what its number meant."""
         self._copies.pop(adapter_id, None)
         removed: bool = super().remove_adapter(adapter_id)
+        heap.trim()
         return removed
 
     def ready(self, requests: Collection[LoRARequest]) -> dict[int, str]:

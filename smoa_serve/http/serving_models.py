@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from vllm.entrypoints.openai.models import serving as vllm_serving
 from vllm.lora.request import LoRARequest
 
+from smoa_serve import heap
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.errors import (
     AdapterError,
@@ -200,6 +201,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._known.pop(engine_name, None)
         self._copies.forget(engine_name)
         forget_served(self.engine_client, engine_name)
+        heap.trim()  # what reading it took
         if visible_name(engine_name) not in self.revisions:
             forget_metrics(visible_name(engine_name))
         logger.info("Adapter revision %s left the engine", engine_name)
