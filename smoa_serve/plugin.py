@@ -57,12 +57,10 @@ def _enter_message_queue(module: ModuleType) -> None:
 
 
 def _enter_engine_core(module: ModuleType) -> None:
-    def admit(wrapped: Any, core: Any, args: Any, kwargs: Any) -> None:
-        from smoa_serve.engine.admission import admit as admit_adapters
+    from smoa_serve.engine.admission import admit
 
-        admit_adapters(wrapped, core, args, kwargs)
-
-    wrapt.wrap_function_wrapper(module, "EngineCore.__init__", admit)
+    for name in ("step", "step_with_batch_queue"):
+        wrapt.wrap_function_wrapper(module, f"EngineCore.{name}", admit)
 
 
 def _enter_async_engine(module: ModuleType) -> None:

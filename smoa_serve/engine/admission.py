@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Begins `stop_reason` of a request that ended so; what follows is the reason.
 FAILED = "smoa-serve: "
+_ATTRIBUTE = "smoa_admission"
 
 
 class AdapterAdmission:
@@ -115,8 +116,9 @@ class AdapterAdmission:
         return outputs
 
 
-def admit(wrapped: Callable[..., None], core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A wrapper of `EngineCore.__init__`."""
-    wrapped(*args, **kwargs)
-    if core.vllm_config.lora_config is not None:
-        AdapterAdmission(core)
+def admit(wrapped: Callable[..., Any], core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A wrapper of `EngineCore.step` and `step_with_batch_queue`: with the first step, as vLLM loads its plugins when
+    the core's `__init__` has begun."""
+    if not hasattr(core, _ATTRIBUTE):
+        setattr(core, _ATTRIBUTE, AdapterAdmission(core) if core.vllm_config.lora_config is not None else None)
+    return wrapped(*args, **kwargs)
