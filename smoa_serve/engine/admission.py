@@ -6,12 +6,15 @@ In stock vLLM a worker loads adapters inside the step, where any failure ends th
 
 import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
+
+from smoa_serve.engine.compat import check_signatures
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class AdapterAdmission:
 
     def __init__(self, core: Any) -> None:
         self._scheduler, self._executor = core.scheduler, core.model_executor
+        _check_seams(self._scheduler)
         self._schedule, self._update = self._scheduler.schedule, self._scheduler.update_from_output
         # What is in the slots of all workers, number -> path; None when something else may have changed it.
         self._active: dict[int, str] | None = None
@@ -41,6 +45,7 @@ class AdapterAdmission:
     def _noticed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """A call that may change what is in the slots."""
 
+        @wraps(call)  # vLLM goes by its annotations
         def noticed(*args: Any, **kwargs: Any) -> Any:
             self._active = None
             return call(*args, **kwargs)
@@ -114,6 +119,19 @@ class AdapterAdmission:
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
         return outputs
+
+
+def _check_seams(scheduler: Any) -> None:
+    check_signatures(
+        {
+            "Scheduler.update_from_output": (
+                scheduler.update_from_output,
+                ("scheduler_output", "model_runner_output"),
+            ),
+            "Scheduler.finish_requests": (scheduler.finish_requests, ("request_ids", "finished_status")),
+            "KVCacheManager.evict_blocks": (scheduler.kv_cache_manager.evict_blocks, ("block_ids",)),
+        }
+    )
 
 
 def admit(wrapped: Callable[..., Any], core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,14 +52,13 @@ def staged(path: Path) -> StagedAdapter:
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from vllm.utils.counter import AtomicCounter
-
     from smoa_serve.http import serving_models
 
     monkeypatch.setattr(serving_models, "_DRAIN_POLL_S", 0.001)
     models: Any = object.__new__(serving_models.SmoaServingModels)
     models.engine_client, models.lora_requests = Engine(), {}
-    models.lora_id_counter, models.base_model_paths = AtomicCounter(0), []
+    numbers = count(1)
+    models.lora_id_counter, models.base_model_paths = SimpleNamespace(inc=lambda step: next(numbers)), []
     models.begin()
     models._stage = staged
     models._copies._stage = staged
