@@ -16,7 +16,7 @@ from benchmarks.setup_facts import busy, facts
 from smoa_serve.errors import SmoaError
 
 RESULTS = Path(__file__).parent / "results"
-WHAT = ("serving", "merge", "kernels", "tune", "training", "method")
+WHAT = ("serving", "merge", "kernels", "tune", "training", "method", "churn")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> tuple[list[dict[str, object]], list[Bar]]:
-    if options.what in ("serving", "merge", "training", "method"):
+    if options.what in ("serving", "merge", "training", "method", "churn"):
         rows, bars = import_module(f"benchmarks.{options.what}").run(options.quick)
         return rows, bars
     from benchmarks.kernels import run, tune

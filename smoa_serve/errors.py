@@ -7,9 +7,6 @@ one round of repairs is enough.
 from collections.abc import Sequence
 from typing import Any
 
-# Begins what a request is told whose adapter the workers could not bring into a slot.
-NOT_IN_A_SLOT = "the adapter could not be brought into a slot"
-
 
 class SmoaError(Exception):
     """Base of all errors of this project. `str(error)` is fit to be shown to a user."""

@@ -41,15 +41,15 @@ def _enter_worker(module: ModuleType) -> None:
 
 
 def _enter_core(module: ModuleType) -> None:
-    from smoa_serve.engine import core
+    from smoa_serve.engine import admission
 
     for name, wrapper in {
-        "step": core.step,
-        "step_with_batch_queue": core.step,
-        "add_lora": core.add_lora,
-        "remove_lora": core.remove_lora,
-        "collective_rpc": core.collective_rpc,
-        **dict.fromkeys(("pin_lora", "execute_dummy_batch", "sleep", "wake_up"), core.moves),
+        "step": admission.step,
+        "step_with_batch_queue": admission.step,
+        "add_lora": admission.add_lora,
+        "remove_lora": admission.remove_lora,
+        "collective_rpc": admission.collective_rpc,
+        **dict.fromkeys(("pin_lora", "execute_dummy_batch", "sleep", "wake_up"), admission.moves),
     }.items():
         wrapt.wrap_function_wrapper(module, f"EngineCore.{name}", wrapper)
 
@@ -71,11 +71,21 @@ def _enter_message_queue(module: ModuleType) -> None:
 
 
 def _enter_async_engine(module: ModuleType) -> None:
-    from smoa_serve.http.counting import count_requests
-    from smoa_serve.http.failures import tell_failures
+    from smoa_serve.http.counting import enter_request
 
-    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", count_requests)
-    wrapt.wrap_function_wrapper(module, "AsyncLLM.generate", tell_failures)
+    wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", enter_request)
+
+
+def _enter_output_processor(module: ModuleType) -> None:
+    from smoa_serve.http.private_copies import report_failures
+
+    wrapt.wrap_function_wrapper(module, "OutputProcessor.process_outputs", report_failures)
+
+
+def _enter_metrics(module: ModuleType) -> None:
+    from smoa_serve.http.lora_metric import keep_one_series
+
+    wrapt.wrap_function_wrapper(module, "PrometheusStatLogger.__init__", keep_one_series)
 
 
 def _enter_serving_models(module: ModuleType) -> None:
@@ -94,5 +104,7 @@ _HOOKS = {
     "vllm.platforms.cpu": _enter_cpu_platform,
     "vllm.distributed.device_communicators.shm_broadcast": _enter_message_queue,
     "vllm.v1.engine.async_llm": _enter_async_engine,
+    "vllm.v1.engine.output_processor": _enter_output_processor,
+    "vllm.v1.metrics.loggers": _enter_metrics,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
 }

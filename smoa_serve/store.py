@@ -72,7 +72,12 @@ class AdapterStore:
 
     Args:
         root: folder; $SMOA_STORE_DIR or the user's cache folder by default.
+
+    Attributes:
+        FILES: of every entry, besides its manifest.
     """
+
+    FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
     def __init__(self, root: Path | None = None) -> None:
         configured = os.environ.get(STORE_DIR_ENV)
@@ -135,7 +140,7 @@ class AdapterStore:
             write(temporary)
             facts = asdict(staged)
             del facts["path"]
-            files = {name: _file_digest(temporary / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+            files = {name: _file_digest(temporary / name) for name in self.FILES}
             manifest = {"version": MANIFEST_VERSION, "files": files, "adapter": facts}
             (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             if folder.exists():

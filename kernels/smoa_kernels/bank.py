@@ -96,6 +96,11 @@ class LayerBank:
         """Bytes of the weight blocks and orders of all partitions held, those kept without a user included."""
         return self._source.nbytes
 
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions are held, those kept without a user included."""
+        return self._source.count
+
     def set(self, slot: int, updates: Sequence[SliceUpdate | None]) -> None:
         """Puts an adapter's updates into a slot, replacing what was there.
 
@@ -119,7 +124,7 @@ class LayerBank:
             for index, update in enumerate(updates):
                 held.append(None if update is None else self._hold(index, update))
         except BaseException:
-            self._release(held)
+            self._release(held, keep=False)
             raise
         try:
             self._vacate(slot)
@@ -130,7 +135,7 @@ class LayerBank:
             self._changed()
         except BaseException:
             self.slots[slot] = self._empty
-            self._release(held)
+            self._release(held, keep=False)
             self._wipe(slot)
             raise
 
@@ -143,6 +148,25 @@ class LayerBank:
         self._check_slot(slot)
         self._vacate(slot)
         self._changed()
+
+    def own(self, slot: int, owner: Hashable) -> None:
+        """Says whose updates a slot holds: partitions that no slot uses are kept for their owners to come back.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            owner: of what the slot holds now.
+
+        Raises:
+            SlotError: no such slot.
+        """
+        self._check_slot(slot)
+        for entry in self.slots[slot]:
+            if entry is not None:
+                entry.partition.owners.add(owner)
+
+    def forget(self, owner: Hashable) -> None:
+        """Drops what is kept for an owner who never comes back; slots are emptied by `clear`."""
+        self._source.forget(owner)
 
     def _vacate(self, slot: int) -> None:
         held, self.slots[slot] = self.slots[slot], self._empty
@@ -292,10 +316,10 @@ class LayerBank:
         self.a[index][slot, :rank] = a.index_select(1, partition.col_order).to(self.dtype)
         self.b[index][slot, :rank] = b.t().index_select(1, partition.row_order).to(self.dtype)
 
-    def _release(self, entries: Sequence[SlotSlice | None]) -> None:
+    def _release(self, entries: Sequence[SlotSlice | None], *, keep: bool = True) -> None:
         for index, entry in enumerate(entries):
             if entry is not None:
-                self._source.release(index, entry.partition)
+                self._source.release(index, entry.partition, keep=keep)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -48,6 +48,7 @@ class Partition:
         blocks: the blocks with rows and columns, which tile the prefixes [0, live_rows) and [0, live_cols).
         store: the weight blocks.
         users: how many slots use it now.
+        owners: for whom it is kept when none does.
         serial: number of this object, unlike that of any other that this process has made.
         native_rows: row_order is the identity; native_cols likewise.
     """
@@ -58,6 +59,7 @@ class Partition:
     blocks: tuple[Block, ...]
     store: BlockStore
     users: int = 0
+    owners: set[Hashable] = field(default_factory=set)
     serial: int = field(init=False, default_factory=count().__next__)
     row_inverse: Tensor = field(init=False)
     native_rows: bool = field(init=False)
@@ -148,13 +150,25 @@ class PartitionCache:
         partition.users += 1
         return partition
 
-    def release(self, partition: Partition) -> None:
-        """Counts one user less and drops the unused partitions above the limit."""
+    def release(self, partition: Partition, *, keep: bool = True) -> None:
+        """Counts one user less and drops the unused partitions above the limit; without `keep` this one too, unless it
+        is kept for an owner."""
         partition.users -= 1
+        if not keep and partition.users == 0 and not partition.owners:
+            del self._held[partition.digest]
+            return
         self._held.move_to_end(partition.digest)
         unused = [digest for digest, held in self._held.items() if held.users == 0]
         for digest in unused[: max(0, len(unused) - self._retain)]:
             del self._held[digest]
+
+    def forget(self, owner: Hashable) -> None:
+        """Drops the unused partitions that nobody else has owned: their owner never comes back."""
+        for digest, partition in list(self._held.items()):
+            if owner in partition.owners:
+                partition.owners.discard(owner)
+                if not partition.owners and partition.users == 0:
+                    del self._held[digest]
 
     @property
     def held(self) -> tuple[Partition, ...]:

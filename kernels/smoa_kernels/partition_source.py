@@ -1,6 +1,6 @@
 """Partitions of one layer, made from its base weight at need and kept for the slots that use them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class PartitionSource:
         """Bytes of all partitions held, those kept without a user included."""
         return sum(cache.nbytes for cache in self._caches)
 
+    @property
+    def count(self) -> int:
+        """How many partitions are held."""
+        return sum(len(cache.held) for cache in self._caches)
+
     def whole(self, index: int) -> Partition | None:
         """The partition of a slice whose weight is whole."""
         held = self._caches[index].held
@@ -65,9 +70,14 @@ class PartitionSource:
         digest = partition_digest(update.row_block, update.col_block)
         return self._caches[index].acquire(digest, lambda: self._build(index, digest, update))
 
-    def release(self, index: int, partition: Partition) -> None:
-        """One user less."""
-        self._caches[index].release(partition)
+    def release(self, index: int, partition: Partition, *, keep: bool = True) -> None:
+        """One user less; see `PartitionCache.release`."""
+        self._caches[index].release(partition, keep=keep)
+
+    def forget(self, owner: Hashable) -> None:
+        """See `LayerBank.forget`."""
+        for cache in self._caches:
+            cache.forget(owner)
 
     def keep(self, blocks: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> BlockStore:
         """Blocks as the implementation reads them."""

@@ -117,6 +117,11 @@ class ServerProcess:
                 continue
         self._end_group()
 
+    @property
+    def pid(self) -> int:
+        """Of the first process, and the number of the session of all that it starts."""
+        return self._running().pid
+
     def cpu_seconds(self) -> float:
         """Processor time of the server and everything it started, so far."""
         ticks = 0

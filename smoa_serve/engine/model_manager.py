@@ -17,9 +17,9 @@ from vllm.utils.platform_utils import is_pin_memory_available
 from smoa_serve.adapter import Adapter, ModuleUpdate
 from smoa_serve.engine import compiling, layers, logits, quantized
 from smoa_serve.engine.binding import bind_modules
+from smoa_serve.engine.freeing import SmoaModel
 from smoa_serve.engine.merging import WeightChecksumError
-from smoa_serve.engine.moving import MovingManager, SmoaModel
-from smoa_serve.engine.traffic import Traffic
+from smoa_serve.engine.moving import MovingManager
 from smoa_serve.errors import AdapterError
 from smoa_serve.settings import Settings
 
@@ -47,7 +47,6 @@ class SmoaModelManager(MovingManager):
         self._whole = Settings.from_environment().one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
-        self._traffic = Traffic()
         self.begin_moving()
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
@@ -134,9 +133,9 @@ class SmoaModelManager(MovingManager):
         seen = (mapping, tuple(self.lora_index_to_id), self._content_version)
         if seen != self._seen:
             self._set_adapter_mapping(mapping)
-            self._traffic.begin(mapping.index_mapping)
+            self.traffic.begin(mapping.index_mapping)
             self._seen = seen
-        self._traffic.step()
+        self.traffic.step()
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         smoa_slots = {
@@ -166,11 +165,6 @@ class SmoaModelManager(MovingManager):
         if active and merged_id is not None:
             smoa_slots = smoa_slots | {merged_id: self.lora_slots}
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
-
-    @property
-    def traffic(self) -> Traffic:
-        """What ran."""
-        return self._traffic
 
     def touch_active(self, lora_ids: set[int]) -> None:
         """Mark adapters as just used, so that making room for others of the same step takes none of them."""

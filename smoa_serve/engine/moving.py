@@ -1,33 +1,16 @@
 """vLLM's adapter manager with a longer ladder: adapters that are resident, and one that is merged."""
 
-import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic
 from typing import Any
 
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
-
-from smoa_serve.adapter import Adapter
+from smoa_serve.engine.freeing import FreeingManager, SmoaModel
 from smoa_serve.engine.layers import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger
 from smoa_serve.errors import AdapterBusyError, AdapterError
 from smoa_serve.merge_policy import MergePolicy
-
-logger = logging.getLogger(__name__)
-
-
-class SmoaModel(LoRAModel):
-    """A SMoA or HiRA adapter in host memory, in the place where vLLM keeps a `LoRAModel`.
-
-    Attributes:
-        adapter: what was read.
-    """
-
-    adapter: Adapter
 
 
 @dataclass
@@ -44,7 +27,7 @@ class _Forming:
     finished: int = 0
 
 
-class MovingManager(LRUCacheLoRAModelManager):
+class MovingManager(FreeingManager):
     """The moves of one worker.
 
     Attributes:
@@ -60,7 +43,6 @@ class MovingManager(LRUCacheLoRAModelManager):
         self._content_version = 0
         self._resident: set[int] = set()
         self._forming: _Forming | None = None
-        self._unwiped: set[int] = set()
         self._block_bytes: tuple[object, dict[int, int]] = (None, {})
 
     @cached_property
@@ -68,45 +50,10 @@ class MovingManager(LRUCacheLoRAModelManager):
         """The merged state; first asked for when every layer is registered."""
         return Merger({name: layer for name, layer in self.modules.items() if isinstance(layer, SmoaLinearMixin)})
 
-    def activate_adapter(self, lora_id: int) -> bool:
-        """Bring a registered adapter into a slot. One that cannot be is forgotten, so that the next try begins afresh.
-
-        vLLM counts it as in its slot from the first layer on; what the slot held before would be served in its name.
-        """
-        try:
-            for slot in sorted(self._unwiped):
-                self._wipe(slot)
-            activated: bool = super().activate_adapter(lora_id)
-        except BaseException:
-            # Its slot first: `remove_adapter` stops at a merged weight that cannot be given back.
-            self.deactivate_adapter(lora_id)
-            self.remove_adapter(lora_id)
-            raise
-        return activated
-
     def _deactivate_adapter(self, lora_id: int) -> None:
-        slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
         self._resident.discard(lora_id)
-        super()._deactivate_adapter(lora_id)
-        if slot is None:
-            return
         self._content_version += 1
-        self._unwiped.add(slot)
-        for _ in range(2):
-            try:
-                self._wipe(slot)
-                return
-            except Exception:
-                logger.exception("Slot %d could not be emptied; it is before it is used again", slot)
-
-    def _wipe(self, slot: int) -> None:
-        """Empty a slot in every layer, whatever one of them raises."""
-        with ExitStack() as stack:
-            for module in self.modules.values():
-                if hasattr(module, "reset_module_to_save"):  # a classification head
-                    stack.callback(module.reset_module_to_save, slot)
-                stack.callback(module.reset_lora, slot)
-        self._unwiped.discard(slot)
+        super()._deactivate_adapter(lora_id)
 
     def stage_merge(self, lora_id: int, budget_s: float) -> dict[str, Any]:
         """Work for about so long towards an adapter being merged. What fails is undone here.

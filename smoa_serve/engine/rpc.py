@@ -7,7 +7,7 @@ next call takes them for its own.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from smoa_serve import __version__
@@ -47,6 +47,7 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         cost: the kernels' cost model, None where no layer takes SMoA.
         block_bytes: str(lora_int_id) -> bytes of the blocks of W that an adapter in a slot uses.
         weight_bytes: of all weights of the layers that take SMoA; layers: how many there are.
+        host_bytes, contents, partitions: see `FreeingManager.memory`.
         partition_bytes: device bytes of the weight blocks and orders kept for their partitions.
     """
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
@@ -74,23 +75,24 @@ def smoa_status(worker: Any) -> dict[str, Any]:
         "block_bytes": {str(lora_id): size for lora_id, size in manager.block_bytes().items()},
         "weight_bytes": sum(layer.smoa_weight.dequantized_bytes for layer in smoa_layers),
         "layers": len(smoa_layers),
+        **manager.memory(),
         "partition_bytes": sum(layer.smoa_bank.partition_bytes for layer in smoa_layers),
     }
 
 
 @_answering
-def smoa_bring(worker: Any, requests: list[Any]) -> dict[str, Any]:
-    """Bring adapters into slots; see `SmoaWorkerManager.bring`.
+def smoa_ready(worker: Any, requests: Collection[Any]) -> dict[str, Any]:
+    """Bring adapters into slots; see `SmoaWorkerManager.ready`.
 
     Args:
         worker: vLLM's.
-        requests: `LoRARequest` of each.
+        requests: LoRA requests of all adapters of the next step, or of one that is loaded.
 
     Returns:
-        failed: lora_int_id -> reasons; active: every adapter that is in a slot now.
+        failed: lora_int_id -> reasons; active: lora_int_id -> requested path, of all adapters in slots.
     """
-    manager = worker.model_runner.lora_manager
-    return {"failed": manager.bring(requests), "active": manager.active()}
+    workers_manager = worker.model_runner.lora_manager
+    return {"failed": workers_manager.ready(requests), "active": workers_manager.active}
 
 
 @_answering
@@ -101,6 +103,13 @@ def smoa_remove(worker: Any, lora_int_id: int) -> dict[str, Any]:
         removed: whether it was here.
     """
     return {"removed": worker.model_runner.lora_manager.remove_adapter(lora_int_id)}
+
+
+@_answering
+def smoa_leave_out(worker: Any, lora_int_ids: Collection[int]) -> dict[str, Any]:
+    """Forget adapters that another worker could not bring into a slot; the step that is next has none of theirs."""
+    worker.model_runner.lora_manager.leave_out(lora_int_ids)
+    return {}
 
 
 @_answering
@@ -172,7 +181,7 @@ def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> dic
     return {}
 
 
-METHODS = (smoa_status, smoa_bring, smoa_remove, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
+METHODS = (smoa_status, smoa_ready, smoa_remove, smoa_leave_out, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
 
 
 def _manager(worker: Any) -> Any:

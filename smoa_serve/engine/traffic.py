@@ -28,6 +28,12 @@ class Traffic:
         self.steps += 1
         self._times += 1
 
+    def forget(self, lora_id: int) -> None:
+        """Drop what was counted for an adapter that has left."""
+        self._settle()
+        for counter in (self._total, self._alone, self._alone_steps):
+            del counter[lora_id]  # a Counter minds no key that it does not have
+
     def tokens(self) -> dict[int, int]:
         """lora_int_id -> tokens so far."""
         self._settle()
@@ -44,6 +50,8 @@ class Traffic:
         return dict(self._alone_steps)
 
     def _settle(self) -> None:
+        if not self._times:
+            return
         counts = Counter(self._map)
         for lora_id, count in counts.items():
             self._total[lora_id] += count * self._times

@@ -1,16 +1,20 @@
 """Reads adapters in the worker: SMoA and HiRA by our readers, LoRA by vLLM, all from private copies."""
 
 import logging
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from smoa_serve import heap
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.engine.model_manager import SmoaModelManager
@@ -20,6 +24,18 @@ from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """What a number of vLLM's means here.
+
+    Attributes:
+        requested: the path of the request; staged: the private copy that was read.
+    """
+
+    requested: str
+    staged: StagedAdapter
 
 
 class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
@@ -39,7 +55,8 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         self._model = (vllm_config.model_config.model, vllm_config.model_config.revision)
         self._settings = Settings.from_environment()
         self._store = AdapterStore()
-        self._copies: dict[int, tuple[str, Path]] = {}
+        self._copies: dict[int, _Copy] = {}
+        self._failed: frozenset[int] = frozenset()
 
     @cached_property
     def _base(self) -> BaseCheckpoint:
@@ -51,21 +68,36 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         if staged.kind is AdapterKind.LORA:
             lora = super()._load_adapter(msgspec.structs.replace(lora_request, lora_path=str(staged.path)))
             self._adapter_manager.check_lora(lora, staged.source)
-            return lora
-        # The copy was checked against the base when it was made; reading it again needs no base.
-        adapter = load_adapter(staged.path, None)
-        return self._adapter_manager.make_model(adapter, lora_request.lora_int_id, staged.source)
+        else:
+            # The copy was checked against the base when it was made; reading it again needs no base.
+            adapter = load_adapter(staged.path, None)
+            lora = self._adapter_manager.make_model(adapter, lora_request.lora_int_id, staged.source)
+        lora.smoa_copy = _Copy(lora_request.lora_path, staged)
+        return lora
 
     def _private_copy(self, request: LoRARequest) -> StagedAdapter:
-        """The store's entry for a request. An adapter that was accepted once is never read from its source again, so
-        it can come back from eviction when its files are gone."""
-        path, copy = self._copies.get(request.lora_int_id, ("", None))
-        again = copy is not None and path == request.lora_path and not request.load_inplace
-        staged = self._store.entry(copy if again and copy is not None else request.lora_path)
-        if staged is None:
-            staged = self._store.stage(request.lora_path, self._base, self._options)
-        self._copies[request.lora_int_id] = (request.lora_path, staged.path)
+        """The store's entry for a request. An adapter that was accepted once is read from its source again only when
+        its copy is gone, and then only if the same content is still there.
+
+        Raises:
+            AdapterError: neither is to be had.
+        """
+        known = self._copies.get(request.lora_int_id)
+        again = known is not None and known.requested == request.lora_path and not request.load_inplace
+        if known is None or not again:
+            return self._store.entry(request.lora_path) or self._stage(request)
+        staged = self._store.entry(known.staged.path)
+        if staged is not None:
+            return staged
+        logger.warning("The private copy %s is gone or damaged; it is made again", known.staged.path)
+        staged = self._stage(request)
+        if staged.digest != known.staged.digest:
+            reason = "its private copy is gone or damaged, and where it came from there is other content now"
+            raise AdapterError(request.lora_name, f"{reason}; load it again")
         return staged
+
+    def _stage(self, request: LoRARequest) -> StagedAdapter:
+        return self._store.stage(request.lora_path, self._base, self._options)
 
     @property
     def _options(self) -> LoadOptions:
@@ -77,36 +109,84 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Load an adapter, or mark a loaded one as used. vLLM goes by the number alone; here another path under a known
-        number replaces what was loaded, so that nobody gets the earlier adapter's output."""
-        path, _ = self._copies.get(lora_request.lora_int_id, (lora_request.lora_path, None))
-        if path != lora_request.lora_path:
+        number replaces what was loaded, so that nobody gets the earlier adapter's output. Where that is refused, the
+        number goes on to mean what it did, and asking with the other path is refused again."""
+        number = lora_request.lora_int_id
+        known = self._copies.get(number)
+        if known is not None and known.requested != lora_request.lora_path:
             lora_request = msgspec.structs.replace(lora_request, load_inplace=True)
-        loaded: bool = super().add_adapter(lora_request)
+        try:
+            loaded: bool = super().add_adapter(lora_request)
+        finally:
+            # Whether that failed or not: what the manager has now is what the number means.
+            copy = getattr(self._adapter_manager.get_adapter(number), "smoa_copy", None)
+            if copy is not None:
+                self._copies[number] = copy
+        self._failed -= {number}
         return loaded
 
-    def bring(self, requests: list[LoRARequest]) -> dict[int, list[str]]:
-        """Bring adapters into slots before a step has requests of theirs.
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forget an adapter and what its number meant."""
+        self._copies.pop(adapter_id, None)
+        removed: bool = super().remove_adapter(adapter_id)
+        heap.trim()
+        return removed
+
+    def ready(self, requests: Collection[LoRARequest]) -> dict[int, list[str]]:
+        """Bring the adapters of the next step into slots. What fails is left out of that step.
 
         Args:
-            requests: at most as many as there are slots.
+            requests: of all adapters of the step.
 
         Returns:
-            lora_int_id -> why it is not in one, for those that failed: nothing of them is left here.
+            Number -> every reason why its adapter cannot be served.
         """
         self._adapter_manager.touch_active({request.lora_int_id for request in requests})
-        failed: dict[int, list[str]] = {}
+        failed = {}
         for request in requests:
             try:
                 self.add_adapter(request)
-            except Exception as error:
-                if not isinstance(error, AdapterError):
-                    logger.exception("Adapter %s could not be brought into a slot", request.lora_name)
+            except Exception as error:  # whatever it is, it is these requests' own
+                trace = None if isinstance(error, AdapterError) else error
+                logger.error("Adapter %s is not in its slot: %s", request.lora_name, error, exc_info=trace)
                 failed[request.lora_int_id] = reasons_of(error)
+        self._failed = frozenset(failed)
         return failed
 
-    def active(self) -> list[int]:
-        """Adapters that are in a slot."""
-        return list(self._adapter_manager._active_adapters)
+    def leave_out(self, numbers: Collection[int]) -> None:
+        """Forget adapters that are in their slots here and not on another worker; see `ready`."""
+        for number in numbers:
+            self.remove_adapter(number)
+        self._failed |= frozenset(numbers)
+
+    @property
+    def active(self) -> dict[int, str]:
+        """Number -> requested path, of all adapters in slots."""
+        return {
+            number: self._copies[number].requested
+            for number in self._adapter_manager.lora_index_to_id
+            if number is not None and number in self._copies
+        }
+
+    def set_active_adapters(self, requests: set[Any], mapping: LoRAMapping | None) -> None:
+        """Vllm's, once per step. What `ready` brought into a slot is what its number means in this step. Tokens whose
+        adapter failed there count as the base's; nobody gets to see what comes of them."""
+        active = self.active
+        requests = {
+            msgspec.structs.replace(
+                request, lora_path=active.get(request.lora_int_id, request.lora_path), load_inplace=False
+            )
+            for request in requests
+            if request and request.lora_int_id not in self._failed
+        }
+        if mapping is not None and self._failed.intersection(mapping.index_mapping):
+            mapping = LoRAMapping(
+                index_mapping=tuple(0 if i in self._failed else i for i in mapping.index_mapping),
+                prompt_mapping=tuple(0 if i in self._failed else i for i in mapping.prompt_mapping),
+                is_prefill=mapping.is_prefill,
+                type=mapping.type,
+            )
+        super().set_active_adapters(requests, mapping)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         self._adapter_manager.touch_active({request.lora_int_id for request in lora_requests if request})

@@ -35,7 +35,7 @@ class AdapterInfo(BaseModel):
     pinned: bool = Field(description="the automatic policy leaves it where it is")
     order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
     order_error: float = Field(description="worst expected relative error of a layer's update from the order")
-    requests: int = Field(description="requests this content got under this name since the server started")
+    requests: int = Field(description="requests this content got under this name since it came")
     path: str = Field(description="as it was given")
 
 

@@ -162,10 +162,8 @@ class Ladder:
             await self._demote(revision)
             return self._moved(revision, await self.step(revision), begin, monotonic() - begin, 0)
 
-    async def forget(self, revision: Revision, *, name_ends: bool) -> None:
-        """An adapter was unloaded or replaced: what it holds beyond its slot is given back. Pins end with the name."""
-        if name_ends:
-            self.pinned.discard(revision.name)
+    async def forget(self, revision: Revision) -> None:
+        """An adapter was unloaded or replaced: what it holds beyond its slot is given back."""
         async with self._under_way(revision, "slot"):
             await self._demote(revision)
 
@@ -273,6 +271,12 @@ class Ladder:
             move.longest_call_ms, size,
         )  # fmt: skip
         return move
+
+
+def forget_metrics(name: str) -> None:
+    """Take away what is shown of an adapter that has left."""
+    BYTES.remove(name)
+    STEP.remove(name)
 
 
 def step_of(statuses: list[dict[str, Any]], lora_int_id: int) -> str:

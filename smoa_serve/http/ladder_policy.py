@@ -10,6 +10,8 @@ from smoa_kernels.cost import CostModel
 Action = Literal["merge", "unmerge", "resident", "slot"]
 # Weight of the newest interval in a token rate.
 NEWEST = 0.5
+# Tokens per step below which an adapter that has left is forgotten.
+LEAST = 1e-3
 # Where merging costs nobody anything, it ends when it saves less than this share of what it is begun for.
 KEPT = 0.25
 
@@ -115,6 +117,8 @@ class Rates:
             for key in {*self.tokens, *new}:
                 rate = max(new[key] - self._seen[key], 0) / passed
                 self.tokens[key] = NEWEST * rate + (1 - NEWEST) * self.tokens.get(key, rate)
+            # Adapters that have left fade away.
+            self.tokens = {key: rate for key, rate in self.tokens.items() if key in new or rate >= LEAST}
         self._steps, self._seen = steps, new
         return passed > 0
 

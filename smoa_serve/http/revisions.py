@@ -6,6 +6,7 @@ statistics) is thereby keyed by content.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoa_serve.store import StagedAdapter
@@ -27,12 +28,14 @@ class Revision:
         lora_int_id: the engine's number for it; the same whenever this content has this name.
         staged: what was read and where its private copy lies.
         requested_path: the path as the user gave it.
+        origin: where it was read.
     """
 
     name: str
     lora_int_id: int
     staged: StagedAdapter
     requested_path: str
+    origin: Path
 
     @property
     def engine_name(self) -> str:

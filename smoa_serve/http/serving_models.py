@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from vllm.entrypoints.openai.models import serving as vllm_serving
 from vllm.lora.request import LoRARequest
 
+from smoa_serve import heap
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.errors import (
     AdapterError,
@@ -19,14 +22,17 @@ from smoa_serve.errors import (
     CompatibilityError,
     ConfigError,
     EngineGoneError,
+    MoveFailedError,
     PathNotAllowedError,
     SmoaError,
+    WorkerError,
 )
 from smoa_serve.formats import LoadOptions
-from smoa_serve.http.counting import in_flight
+from smoa_serve.http.counting import forget_served, in_flight
 from smoa_serve.http.engine_calls import answered, ask_workers, bring_in
-from smoa_serve.http.ladder import Ladder, step_of
+from smoa_serve.http.ladder import Ladder, forget_metrics, step_of
 from smoa_serve.http.paths import confine, download
+from smoa_serve.http.private_copies import PrivateCopies
 from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
 from smoa_serve.log_sharing import share_logging
 from smoa_serve.settings import Settings
@@ -63,6 +69,15 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers: dict[str, int] = {}
+        self._known: dict[str, Revision] = {}  # by engine name: the current ones and those that drain
+        self._draining: set[str] = set()
+        self._entering: Counter[str] = Counter()
+        self._copies = PrivateCopies(self._store, self._stage)
+        self.lora_resolver_lock = NameLocks()
+        self.engine_client.smoa_models = self
+        processor = getattr(self.engine_client, "output_processor", None)
+        if processor is not None:
+            processor.smoa_copies = self._copies
 
     @cached_property
     def _base(self) -> BaseCheckpoint:
@@ -119,7 +134,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         previous = self.revisions.get(name)
         if previous is not None and previous.staged.digest == staged.digest:
             return previous
-        revision = Revision(name, self._number(engine_name(name, staged.digest)), staged, requested_path)
+        revision = Revision(name, self._number(engine_name(name, staged.digest)), staged, requested_path, path)
         request = revision.request()
         if parent is not None and self.is_base_model(parent):
             request.base_model_name = parent
@@ -130,6 +145,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         except Exception as error:
             raise AdapterError(requested_path, f"the engine refused it: {error}") from error
         self.revisions[name], self.lora_requests[name] = revision, request
+        self._known[revision.engine_name] = revision
         logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
         if previous is not None:
             self.remove_later(previous)
@@ -147,25 +163,86 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     def remove_later(self, revision: Revision) -> None:
         """Free a revision's slot and host memory once no request uses it; what it holds beyond that now."""
-        name_ends = revision.name not in self.revisions
+        self._remove_later(revision.engine_name, revision.lora_int_id)
 
-        async def drain() -> None:
-            if self.ladder is not None:
-                with suppress(SmoaError):  # a worker that could not is asked again before the next move
-                    await self.ladder.forget(revision, name_ends=name_ends)
-            while in_flight(self.engine_client, revision.engine_name):
-                await asyncio.sleep(_DRAIN_POLL_S)
-            current = self.revisions.get(revision.name)
-            if current is not None and current.engine_name == revision.engine_name:
-                return  # it came back meanwhile
-            removed = self.engine_client.remove_lora(revision.lora_int_id)
-            with suppress(EngineGoneError):  # which vLLM reports itself
-                await answered(self.engine_client, removed, "remove_lora")
-            logger.info("Adapter revision %s left the engine", revision.engine_name)
+    def _remove_later(self, name: str, number: int) -> None:
+        """Free a revision's slot and host memory once no request uses it.
 
-        task = asyncio.create_task(drain())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        Args:
+            name: the engine's; number: likewise.
+        """
+        if name not in self._draining:
+            self._draining.add(name)
+            task = asyncio.create_task(self._drain(name, number))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _drain(self, name: str, number: int) -> None:
+        try:
+            known = self._known.get(name)
+            if self.ladder is not None and known is not None:
+                with suppress(MoveFailedError, WorkerError):  # tried again before the next move
+                    await self.ladder.forget(known)
+            while True:
+                while self._is_used(name):
+                    await asyncio.sleep(_DRAIN_POLL_S)
+                # Under the lock of its name: its content does not come back while it goes.
+                async with self.lora_resolver_lock[visible_name(name)]:
+                    if self._is_current(name):
+                        return
+                    await answered(self.engine_client, self.engine_client.remove_lora(number), "remove_lora")
+                    if not self._is_used(name):  # or else it was looked up before, and is read again
+                        self._forget(name)
+                        return
+        except EngineGoneError:
+            pass  # which vLLM reports itself
+        except Exception:
+            logger.exception("Adapter revision %s did not leave the engine", name)
+        finally:
+            self._draining.discard(name)
+
+    def _is_used(self, engine_name: str) -> bool:
+        return bool(self._entering[engine_name] or in_flight(self.engine_client, engine_name))
+
+    def _is_current(self, engine_name: str) -> bool:
+        current = self.revisions.get(visible_name(engine_name))
+        return current is not None and current.engine_name == engine_name
+
+    def _forget(self, engine_name: str) -> None:
+        """Drop all that is known about a revision that has left the engine."""
+        self._numbers.pop(engine_name, None)
+        self._known.pop(engine_name, None)
+        self._copies.forget(engine_name)
+        forget_served(self.engine_client, engine_name)
+        heap.trim()  # what reading it took
+        if visible_name(engine_name) not in self.revisions:
+            forget_metrics(visible_name(engine_name))
+        logger.info("Adapter revision %s left the engine", engine_name)
+
+    @asynccontextmanager
+    async def entering(self, lora: LoRARequest) -> AsyncIterator[None]:
+        """While a request enters the engine: its revision is not removed, and its private copy is looked after.
+
+        Args:
+            lora: of the request. It may have been looked up before its revision left; it then has the number that this
+                revision has now, and leaves again after the request.
+        """
+        name, known = lora.lora_name, self._known.get(lora.lora_name)
+        if known is None and visible_name(name) == name:
+            yield  # none of ours
+            return
+        lora.lora_int_id = self._numbers.setdefault(name, lora.lora_int_id)
+        self._entering[name] += 1
+        try:
+            if known is not None:
+                await self._copies.check(known)
+            yield
+        finally:
+            self._entering[name] -= 1
+            if not self._entering[name]:
+                del self._entering[name]
+            if not self._is_current(name):
+                self._remove_later(name, lora.lora_int_id)
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """`POST /v1/load_lora_adapter`. With `load_inplace`, new content replaces the name's revision at once; requests
@@ -198,7 +275,10 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             if refused is not None:
                 return refused
             del self.lora_requests[request.lora_name]
-            self.remove_later(self.revisions.pop(request.lora_name))
+            revision = self.revisions.pop(request.lora_name)
+            if self.ladder is not None:
+                self.ladder.pinned.discard(revision.name)
+            self.remove_later(revision)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> Any:
@@ -231,6 +311,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 card.id, card.root = revision.name, revision.requested_path
                 card.residence = step_of(statuses, revision.lora_int_id)  # a field of ours: the card takes any
         return models
+
+
+class NameLocks(WeakValueDictionary[str, asyncio.Lock]):
+    """A lock for each name, for as long as somebody holds it or waits for it; in the place of vLLM's dictionary, which
+    keeps one for every name that was ever asked for."""
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self.setdefault(name, asyncio.Lock())
 
 
 def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -126,9 +126,7 @@ def test_requests_of_an_adapter_that_cannot_come_in_end_with_the_reason(
     for name, answer, wanted in zip(names, answers, expected, strict=True):
         if name == "b":
             assert (answer.finish_reason, list(answer.token_ids)) == ("error", [])
-            assert answer.stop_reason == (
-                "the adapter could not be brought into a slot: OSError: [Errno 5] Input/output error"
-            )
+            assert "OSError: [Errno 5] Input/output error" in answer.stop_reason
         else:
             assert logprobs(answer) == pytest.approx(logprobs(wanted), abs=1e-4), name
             assert answer.finish_reason == "length"

@@ -299,17 +299,13 @@ def test_unmerging_by_name_reaches_an_earlier_revision_that_is_still_merged() ->
     assert [rank.merged for rank in engine.ranks] == [None, None]
 
 
-def test_pins_end_with_the_name_and_an_unloaded_adapter_is_unmerged_at_once() -> None:
+def test_an_unloaded_adapter_is_unmerged_at_once() -> None:
     engine = Engine()
 
     async def unloaded() -> None:
         ladder = ladder_of(engine)
         await merge(ladder)
-        ladder.pinned.add("legal")
-        await ladder.forget(REVISION, name_ends=False)
-        assert ladder.pinned == {"legal"}
-        await ladder.forget(REVISION, name_ends=True)
-        assert ladder.pinned == set()
+        await ladder.forget(REVISION)
 
     asyncio.run(unloaded())
     assert [rank.held for rank in engine.ranks] == [Rank().held] * RANKS

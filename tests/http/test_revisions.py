@@ -15,7 +15,7 @@ def revision(name: str, digest: str) -> Revision:
     staged = StagedAdapter(
         kind=AdapterKind.SMOA, digest=digest, path=Path("x"), order=None, order_error=0.0, source="x", **facts
     )
-    return Revision(name, 1, staged, "x")
+    return Revision(name, 1, staged, "x", Path("x"))
 
 
 @pytest.mark.parametrize("name", ["legal", "team/legal:v2", "a@b", "x" * 256])

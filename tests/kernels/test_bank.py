@@ -157,3 +157,34 @@ def test_a_slot_that_does_not_exist_is_refused(layer, updates, slot):
 def test_storage_that_does_not_fit_is_refused(a, b, message):
     with pytest.raises(ShapeError, match=message):
         LayerBank(a=a, b=b, weight_block=lambda index, rows, cols: torch.ones(len(rows), len(cols)))
+
+
+def test_an_owner_who_never_comes_back_leaves_nothing(layer, updates):
+    bank = layer.bank
+    bank.set(0, updates)
+    bank.own(0, "first")
+    bank.set(1, updates)
+    bank.own(1, "second")
+    bank.clear(0)
+    bank.forget("first")
+    assert bank.num_partitions == 2, "the second owner uses them"
+    bank.clear(1)
+    assert bank.num_partitions == 2, "kept for the second owner to come back"
+    bank.forget("first")
+    assert bank.num_partitions == 2
+    bank.forget("second")
+    assert (bank.num_partitions, bank.partition_bytes) == (0, 0)
+
+
+def test_an_owner_is_remembered_while_his_blocks_are_kept(layer, updates):
+    bank = layer.bank
+    bank.set(0, updates)
+    bank.own(0, "first")
+    bank.clear(0)
+    bank.set(2, updates)
+    bank.own(2, "second")
+    bank.clear(2)
+    bank.forget("second")
+    assert bank.num_partitions == 2, "the first owner may come back"
+    bank.forget("first")
+    assert bank.num_partitions == 0
