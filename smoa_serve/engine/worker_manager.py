@@ -156,7 +156,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
     def leave_out(self, numbers: Collection[int]) -> None:
         """Forget adapters that are in their slots here and not on another worker; see `ready`."""
         for number in numbers:
-            self.remove_adapter(number)
+            super().remove_adapter(number)  # what the number means stays: other content must not take its place
         self._failed |= frozenset(numbers)
 
     @property
