@@ -77,6 +77,13 @@ class BaseCheckpoint:
         return bool(configured or self.quantized_modules)
 
     @property
+    def dtype(self) -> str:
+        """The dtype its configuration names, in which it is served unless --dtype says otherwise; else float32."""
+        text = self.config.get("text_config") or {}
+        found = next((c[key] for c in (self.config, text) for key in ("dtype", "torch_dtype") if c.get(key)), None)
+        return found if found in FLOAT_DTYPES.values() else "float32"
+
+    @property
     def tied_output(self) -> bool:
         """True when the output layer shares the embedding's weight, so that it cannot be adapted alone."""
         text = self.config.get("text_config") or {}

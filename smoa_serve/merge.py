@@ -1,6 +1,7 @@
 """What `smoa-serve merge` does: base + adapter → an ordinary Hugging Face checkpoint, one tensor at a time."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def merge(
 
     Raises:
         BaseModelError: the base is quantized.
-        MergeLossError: rounding removes more than `max_lost`; nothing is written then.
+        MergeLossError: rounding removes more than `max_lost`, or a merged weight is not finite; nothing is written then.
         ConfigError: `out` is in use.
     """
     if base.is_quantized:
@@ -99,7 +100,7 @@ def merge(
     updates = {base.stored(name).name: (name, delta) for name, delta in deltas.items()}
     with new_folder(out) as folder:
         lost = _write_tensors(base, updates, folder, dtype, shard_bytes, progress)
-        reasons = [] if max_lost is None else too_much_lost(lost, max_lost, "choose a wider --dtype")
+        reasons = too_much_lost(lost, max_lost, "choose a wider --dtype")
         if reasons:
             raise MergeLossError("; ".join(reasons))
         _copy_companions(base.path, folder)
@@ -186,6 +187,8 @@ def _merged(
     merged = (delta + weight).to(target)
     measured = Lost()
     measured.add(delta, merged.float() - weight.float())
+    if not bool(merged.isfinite().all()):
+        measured.removed_square = math.inf
     lost[module] = measured.share
     return (merged.t() if transposed else merged).contiguous()
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # As in docs/architecture.md, first to last.
 STAGES = (
     ("merging's terms", ("merge_policy", "merge_loss")),
-    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing")),
+    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing", "overflow")),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
     ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
     ("training", ("peft", "train")),

@@ -25,7 +25,7 @@ from ..order_cache import Progress as ProgressCallback
 
 
 class Dtype(StrEnum):
-    """Dtypes of a merged checkpoint."""
+    """Dtypes of a model."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -111,6 +111,7 @@ def verify(
     config: ConfigOption = None,
     adapter_name: NameOption = None,
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="The server's --dtype; the base's by default.")] = None,
     trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
@@ -119,7 +120,8 @@ def verify(
     with _shown_errors():
         opened = BaseCheckpoint.open(base)
         with _progress("spectral orders") as progress:
-            found = verify_adapter(adapter, opened, options, progress=progress)
+            served = dtype.value if dtype else None
+            found = verify_adapter(adapter, opened, options, dtype=served, progress=progress)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{adapter}: fits {base}, {found.layers} layers", markup=False)
     if not found.exact:
