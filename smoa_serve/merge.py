@@ -92,7 +92,7 @@ def merge(
 
     Raises:
         BaseModelError: the base is quantized.
-        MergeLossError: rounding removes more than `max_lost`, or a merged weight is not finite; nothing is written then.
+        MergeLossError: rounding removes more than `max_lost`, or a weight is not finite then; nothing is written.
         ConfigError: `out` is in use.
     """
     if base.is_quantized:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # As in docs/architecture.md, first to last.
 STAGES = (
     ("merging's terms", ("merge_policy", "merge_loss")),
-    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing", "overflow")),
+    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing")),
+    ("checks of what adapters hold", ("overflow", "patterns")),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
     ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
     ("training", ("peft", "train")),
@@ -21,7 +22,7 @@ STAGES = (
     ("CLI", ("cli", "demo")),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
-KERNELS_FROM = 6  # the engine plugin is the first that computes deltas
+KERNELS_FROM = 7  # the engine plugin is the first that computes deltas
 FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 HEAVY = ("vllm", "triton")

@@ -11,7 +11,7 @@ from .source import Source
 
 PREFIX = "base_model.model."
 # "…lora_A.0.weight" is the adapter the file was saved for, "…lora_A.other.0.weight" another one in the same file.
-SMOA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<name>[^.]+)\.)?(?P<block>\d+)\.weight")
+SMOA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<name>[^.]+)\.)?(?P<block>[0-9]{1,5})\.weight")
 HIRA_KEY = re.compile(r"(?P<module>.+)\.hira_(?P<side>[AB])(?:\.(?P<name>[^.]+))?")
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
 
