@@ -80,8 +80,8 @@ class BaseCheckpoint:
     def dtype(self) -> str:
         """The dtype its configuration names, in which it is served unless --dtype says otherwise; else float32."""
         text = self.config.get("text_config") or {}
-        found = next((c[key] for c in (self.config, text) for key in ("dtype", "torch_dtype") if c.get(key)), None)
-        return found if found in FLOAT_DTYPES.values() else "float32"
+        named = [config.get(key) for config in (self.config, text) for key in ("dtype", "torch_dtype")]
+        return next((str(name) for name in named if name in FLOAT_DTYPES.values()), "float32")
 
     @property
     def tied_output(self) -> bool:
