@@ -66,7 +66,7 @@ class BaseCheckpoint:
             raise BaseModelError(f"base model {str(path)!r}: there is no config.json in {folder}")
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BaseModelError(f"base model {str(path)!r}: config.json cannot be read: {error}") from error
         return cls(folder, config, read_headers(folder))
 

@@ -16,7 +16,7 @@ _REPEAT = re.compile(r"\{(\d+(,\d*)?|,\d+)\}")
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 
 
-class PatternError(ValueError):
+class PatternError(re.error):
     """An expression is none, means more to `regex` than to `re`, or takes too long. Says which and why."""
 
 

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors.torch import save_file
 
@@ -26,7 +26,9 @@ from .formats import LoadOptions, load_adapter, write_portable
 from .formats.config import kind_of
 from .formats.lora import LoraFiles, load_lora
 from .formats.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
+from .json_file import read_json
 from .order_cache import Progress
+from .storage import writing
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ STORE_DIR_ENV = "SMOA_STORE_DIR"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 DEFAULT = LoadOptions()
+LEFTOVERS = (".new-", ".old-")  # before an entry's name: what is being written, and what that replaces
+_ENTRY_BEGINS = tuple(f"{kind.value}-" for kind in AdapterKind)
+_STALE_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class StagedAdapter:
 class AdapterStore:
     """The private copies of one machine. Safe with several processes.
 
+    What a process left half-written that ended meanwhile is removed with the next start.
+
     Args:
         root: folder; $SMOA_STORE_DIR or the user's cache folder by default.
     """
@@ -78,6 +85,7 @@ class AdapterStore:
         configured = os.environ.get(STORE_DIR_ENV)
         default = Path(configured) if configured else user_cache_path("smoa-serve", appauthor=False) / "adapters"
         self.root = (root or default).expanduser().resolve()
+        self._remove_leftovers()
 
     def stage(
         self,
@@ -98,6 +106,7 @@ class AdapterStore:
         Raises:
             AdapterNotFoundError: nothing is there.
             AdapterError: with every reason why it cannot be served.
+            StorageError: its private copy cannot be written.
         """
         own = Path(path).expanduser().resolve()
         if own.parent == self.root and self._read_manifest(own) is None:
@@ -117,20 +126,30 @@ class AdapterStore:
     def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
         """The entry with this content; written when there is none, rebuilt when it is damaged."""
         folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{folder.name}.lock"):
-            found = self._read_manifest(folder)
-            if found is None:
-                if folder.exists():
-                    logger.warning("The private copy %s is damaged and is written again", folder)
-                self._write(folder, staged, write)
-                found = self._read_manifest(folder)
+        found = self._read_manifest(folder)
+        if found is None:
+            what = f"the private copy of adapter {staged.source!r} in {self.root}"
+            with writing(what, f"set {STORE_DIR_ENV} to another folder"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                with FileLock(self._lock(folder.name)):
+                    found = self._read_manifest(folder) or self._write(folder, staged, write)
         if found is None:
             raise AdapterError(staged.source, f"its private copy {folder} cannot be read right after it was written")
         return found
 
-    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> None:
-        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".new-"))
+    def _lock(self, entry: str) -> Path:
+        """The lock that whoever writes an entry holds."""
+        return self.root / f".{entry}.lock"
+
+    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> StagedAdapter | None:
+        """Write an entry whose lock is held: it is there as a whole, or as it was before."""
+        if folder.exists():
+            logger.warning("The private copy %s is damaged and is written again", folder)
+        temporary, damaged = (folder.with_name(f"{mark}{folder.name}") for mark in LEFTOVERS)
+        for leftover in (temporary, damaged):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(mode=0o700)
         try:
             write(temporary)
             facts = asdict(staged)
@@ -139,17 +158,32 @@ class AdapterStore:
             manifest = {"version": MANIFEST_VERSION, "files": files, "adapter": facts}
             (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
-                damaged = Path(tempfile.mkdtemp(dir=self.root, prefix=".old-"))
-                folder.rename(damaged / folder.name)
-                shutil.rmtree(damaged)
+                folder.rename(damaged)
             temporary.rename(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in (temporary, damaged):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self._read_manifest(folder)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what was left half-written, unless somebody still writes it. A folder that cannot be changed stays."""
+        for mark in LEFTOVERS:
+            for folder in self.root.glob(f"{mark}*"):
+                entry = folder.name.removeprefix(mark)
+                try:
+                    if not entry.startswith(_ENTRY_BEGINS):  # of an earlier release, which held another lock
+                        if folder.stat().st_mtime < time.time() - _STALE_S:
+                            shutil.rmtree(folder)
+                        continue
+                    with FileLock(self._lock(entry), timeout=0):
+                        shutil.rmtree(folder, ignore_errors=True)
+                except (OSError, Timeout, NotImplementedError) as error:
+                    logger.debug("Left %s where it is: %s", folder, error)
 
     def _read_manifest(self, folder: Path) -> StagedAdapter | None:
         """What the entry holds, or None when it is missing, incomplete or damaged."""
         try:
-            manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST_NAME)
             if manifest["version"] != MANIFEST_VERSION:
                 return None
             if any(_file_digest(folder / name) != digest for name, digest in manifest["files"].items()):

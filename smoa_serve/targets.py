@@ -66,6 +66,11 @@ def matcher(targets: Sequence[str] | str, time_left: MatchTime | None = None) ->
     return lambda module: any(end in wanted for end in name_ends(module))
 
 
+def matches(module: str, targets: Sequence[str] | str, time_left: MatchTime | None = None) -> bool:
+    """Whether one module is named by a list of names or by a regular expression; see `matcher`."""
+    return matcher(targets, time_left)(module)
+
+
 def name_ends(module: str) -> list[str]:
     """A module's name, and all its ends after a dot."""
     parts = module.split(".")

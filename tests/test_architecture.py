@@ -10,8 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # As in docs/architecture.md, first to last.
 STAGES = (
     ("merging's terms", ("merge_policy", "merge_loss")),
-    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing")),
-    ("checks of what adapters hold", ("overflow", "patterns")),
+    ("basics", ("errors", "adapter", "settings", "log_sharing")),
+    (
+        "files and what adapters hold",
+        ("json_file", "storage", "output_folder", "stored_tensors", "overflow", "patterns"),
+    ),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
     ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
     ("training", ("peft", "train")),

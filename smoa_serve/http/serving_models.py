@@ -21,6 +21,7 @@ from smoa_serve.errors import (
     EngineGoneError,
     PathNotAllowedError,
     SmoaError,
+    StorageError,
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import in_flight
@@ -39,6 +40,7 @@ _STATUS = {
     AdapterError: HTTPStatus.BAD_REQUEST,
     EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
     PathNotAllowedError: HTTPStatus.FORBIDDEN,
+    StorageError: HTTPStatus.INSUFFICIENT_STORAGE,
     SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 _DRAIN_POLL_S = 0.2
