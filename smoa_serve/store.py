@@ -2,7 +2,8 @@
 
 An entry is a folder `<kind>-<digest>[-<base>]` with adapter_config.json, adapter_model.safetensors (SMoA and HiRA in
 the portable format, LoRA as PEFT writes it, never a pickle) and manifest.json, which holds what is known about the
-adapter and a digest of each file.
+adapter and a digest of each file. The content alone decides which entry is an adapter's. What a file says beyond its
+content (order, source) belongs to whoever read it, and is theirs whatever the first reader's file said.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,7 +57,7 @@ class StagedAdapter:
         nbytes: bytes of the factors and block ids in host memory.
         order: where the block ids come from; None for LoRA.
         order_error: worst expected relative error of a layer's update that comes from the order.
-        source: absolute path it was first read from.
+        source: absolute path it was read from; of an entry, the first.
     """
 
     kind: AdapterKind
@@ -108,23 +109,30 @@ class AdapterStore:
             AdapterError: with every reason why it cannot be served.
             StorageError: its private copy cannot be written.
         """
-        own = Path(path).expanduser().resolve()
-        if own.parent == self.root and self._read_manifest(own) is None:
+        known = self.entry(path)
+        if known is None and self._is_inside(path):
             raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
         source = open_source(path, options)
         if kind_of(source.name, source.config) is AdapterKind.LORA:
             files = load_lora(source, base, options)
-            return self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
-        adapter = load_adapter(path, base, options, progress=progress)
-        return self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
+            staged = self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
+        else:
+            adapter = load_adapter(path, base, options, progress=progress)
+            staged = self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
+        return staged if known is None else replace(staged, source=known.source)
 
     def entry(self, path: str | Path) -> StagedAdapter | None:
         """What is known about a private copy; None when `path` is no intact entry of this store."""
-        own = Path(path).expanduser().resolve()
-        return self._read_manifest(own) if own.parent == self.root else None
+        return self._read_manifest(Path(path).expanduser().resolve()) if self._is_inside(path) else None
+
+    def _is_inside(self, path: str | Path) -> bool:
+        try:
+            return Path(path).expanduser().resolve().parent == self.root
+        except (OSError, RuntimeError, ValueError):  # no path at all, which the reader says better
+            return False
 
     def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
-        """The entry with this content; written when there is none, rebuilt when it is damaged."""
+        """What was read, and where its content is: written when it is nowhere, rebuilt when it is damaged."""
         folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"
         found = self._read_manifest(folder)
         if found is None:
@@ -135,7 +143,7 @@ class AdapterStore:
                     found = self._read_manifest(folder) or self._write(folder, staged, write)
         if found is None:
             raise AdapterError(staged.source, f"its private copy {folder} cannot be read right after it was written")
-        return found
+        return replace(staged, path=found.path)
 
     def _lock(self, entry: str) -> Path:
         """The lock that whoever writes an entry holds."""
@@ -167,18 +175,21 @@ class AdapterStore:
 
     def _remove_leftovers(self) -> None:
         """Remove what was left half-written, unless somebody still writes it. A folder that cannot be changed stays."""
-        for mark in LEFTOVERS:
-            for folder in self.root.glob(f"{mark}*"):
-                entry = folder.name.removeprefix(mark)
-                try:
-                    if not entry.startswith(_ENTRY_BEGINS):  # of an earlier release, which held another lock
-                        if folder.stat().st_mtime < time.time() - _STALE_S:
-                            shutil.rmtree(folder)
-                        continue
+        try:
+            left = [(mark, folder) for mark in LEFTOVERS for folder in self.root.glob(f"{mark}*")]
+        except OSError as error:
+            logger.warning("The folder of private copies %s cannot be looked through: %s", self.root, error)
+            return
+        for mark, folder in left:
+            entry = folder.name.removeprefix(mark)
+            try:
+                if entry.startswith(_ENTRY_BEGINS):
                     with FileLock(self._lock(entry), timeout=0):
-                        shutil.rmtree(folder, ignore_errors=True)
-                except (OSError, Timeout, NotImplementedError) as error:
-                    logger.debug("Left %s where it is: %s", folder, error)
+                        shutil.rmtree(folder)
+                elif folder.stat().st_mtime < time.time() - _STALE_S:  # of an earlier release, with another lock
+                    shutil.rmtree(folder)
+            except (OSError, Timeout, NotImplementedError) as error:
+                logger.debug("Left %s where it is: %s", folder, error)
 
     def _read_manifest(self, folder: Path) -> StagedAdapter | None:
         """What the entry holds, or None when it is missing, incomplete or damaged."""
@@ -201,9 +212,9 @@ def _summary(adapter: Adapter, source: Source) -> StagedAdapter:
         kind=adapter.kind,
         digest=adapter.digest,
         path=source.folder,
-        rank=adapter.rank,
+        rank=adapter.total_rank,
         max_rank=adapter.max_rank,
-        num_blocks=adapter.num_blocks,
+        num_blocks=adapter.most_blocks,
         parameters=adapter.num_parameters,
         nbytes=adapter.nbytes,
         order=adapter.order,
