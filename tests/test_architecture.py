@@ -16,7 +16,7 @@ STAGES = (
         ("json_file", "storage", "output_folder", "stored_tensors", "overflow", "patterns"),
     ),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
-    ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
+    ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "merge_record", "inspection")),
     ("training", ("peft", "train")),
     ("store", ("store",)),
     ("engine plugin", ("engine",)),
