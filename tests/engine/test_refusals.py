@@ -266,6 +266,21 @@ def test_numbers_that_overflow_as_they_are_served_are_refused(tiny: Any, rewritt
     assert_refused(tiny, rewritten("scaled-to-inf", scale), V1, "not finite in float32")
 
 
+def test_a_store_that_cannot_be_written_refuses_with_the_remedy_and_goes_on(tiny: Any) -> None:
+    variables = Path(f"/proc/{tiny.server.process.pid}/environ").read_text().split("\0")
+    (store,) = (Path(value.partition("=")[2]) for value in variables if value.startswith("SMOA_STORE_DIR="))
+    path = tiny.make("not-stored", seed=51).path
+    aside = store.rename(store.with_name("aside"))
+    store.write_text("no folder")
+    try:
+        assert_refused(tiny, path, "cannot be written", "set SMOA_STORE_DIR to another folder", status=507)
+    finally:
+        store.unlink()
+        aside.rename(store)
+    assert tiny.load("not-stored", path).status_code == 200
+    assert tiny.unload("not-stored").status_code == 200
+
+
 def test_a_weight_file_beside_a_link_out_of_the_roots_is_refused(tiny: Any, tmp_path: Path) -> None:
     path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "file-and-link", keep)
     config = path / "adapter_config.json"
