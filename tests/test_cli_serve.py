@@ -175,6 +175,21 @@ def test_adapters_dir_gives_every_adapter_below_its_name(make_adapter: MakeAdapt
         adapters_in(tmp_path / "nothing")
 
 
+def test_an_adapters_dir_that_may_not_be_read_is_one_clear_error(
+    make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a", LORA)
+
+    def closed(path: Path, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for operation in ("is_dir", "iterdir", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, operation, closed)
+            with pytest.raises(ConfigError, match=r"--adapters-dir .* cannot be read: Permission denied"):
+                adapters_in(tmp_path / "adapters")
+
+
 def test_the_command_is_vllm_serve_with_adapters(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     folder, extra = make_adapter("a", LORA), make_adapter("b", LORA)
     settings = ServeSettings(
