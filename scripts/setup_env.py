@@ -40,23 +40,35 @@ class Log:
     def run(self, command: list[str], env: dict[str, str] | None = None) -> int:
         """Run `command` with its output appended to the log; says every 20 s that it is still at work."""
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(f"\n$ {' '.join(command)}\n")
+            out.write(plan.masked(f"\n$ {' '.join(command)}\n"))
             out.flush()
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
             started = time.monotonic()
             while True:
                 try:
-                    return process.wait(timeout=HEARTBEAT_S)
+                    status = process.wait(timeout=HEARTBEAT_S)
+                    self._mask(command)
+                    return status
                 except subprocess.TimeoutExpired:
                     print(f"        still at it, {time.monotonic() - started:.0f} s", flush=True)
                 except KeyboardInterrupt:
                     process.terminate()
                     process.wait()
+                    self._mask(command)
                     raise
+
+    def _mask(self, command: list[str]) -> None:
+        """Take out what pip and uv may have repeated of the credentials in their arguments."""
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        masked = plan.masked(text)
+        for secret in plan.credentials(command):
+            masked = masked.replace(secret, "***")
+        if masked != text:
+            self.path.write_text(masked, encoding="utf-8")
 
     def note(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(text + "\n")
+            out.write(plan.masked(text) + "\n")
 
     def tail(self) -> str:
         return "\n".join(self.path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
@@ -123,7 +135,7 @@ def extra_indexes(device: str) -> list[str]:
     url = os.environ.get("SMOA_TORCH_INDEX_URL", plan.TORCH_CPU_INDEX)
     if reachable(url):
         return [url]
-    print(f"      {url} does not answer: the CPU build of torch has to come from pip's own configuration")
+    print(f"      {plan.masked(url)} does not answer: the CPU build of torch has to come from pip's own configuration")
     return []
 
 

@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 MIN_PYTHON = (3, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -201,6 +202,17 @@ def pip_command(python: Path, plan: Plan, indexes: Iterable[str]) -> list[str]:
     for url in indexes:
         command += ["--extra-index-url", url]
     return command + requirements(plan)
+
+
+def masked(text: str) -> str:
+    """Without the user names, passwords and tokens that index URLs may carry."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+
+
+def credentials(command: Iterable[str]) -> set[str]:
+    """Passwords and tokens in the URLs of a command, as written and decoded."""
+    found = re.findall(r"://(?:[^:/\s@]*:)?([^/\s@]+)@", " ".join(command))
+    return {secret for written in found for secret in (written, unquote(written)) if len(secret) > 3}
 
 
 def broken_imports(results: Mapping[str, bool]) -> list[str]:

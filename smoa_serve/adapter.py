@@ -131,6 +131,16 @@ class Adapter:
         return max((m.max_rank for m in self.modules.values()), default=0)
 
     @property
+    def total_rank(self) -> int:
+        """Largest total rank of any module, from the modules themselves."""
+        return max((sum(m.branch_ranks) for m in self.modules.values()), default=0)
+
+    @property
+    def most_blocks(self) -> int:
+        """Largest number of blocks of any module, likewise."""
+        return max((m.num_blocks for m in self.modules.values()), default=1)
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers: sum over blocks of r_k (m_k + n_k)."""
         total = 0

@@ -66,7 +66,7 @@ class BaseCheckpoint:
             raise BaseModelError(f"base model {str(path)!r}: there is no config.json in {folder}")
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BaseModelError(f"base model {str(path)!r}: config.json cannot be read: {error}") from error
         return cls(folder, config, read_headers(folder))
 
@@ -75,6 +75,13 @@ class BaseCheckpoint:
         """True when the stored weights are not the float weights an adapter was trained on."""
         configured = self.config.get("quantization_config") or self.config.get("compression_config")
         return bool(configured or self.quantized_modules)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype its configuration names, in which it is served unless --dtype says otherwise; else float32."""
+        text = self.config.get("text_config") or {}
+        named = [config.get(key) for config in (self.config, text) for key in ("dtype", "torch_dtype")]
+        return next((str(name) for name in named if name in FLOAT_DTYPES.values()), "float32")
 
     @property
     def tied_output(self) -> bool:

@@ -7,6 +7,15 @@ one round of repairs is enough.
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN = 100  # reasons in a message, of which a file may give a million
+_SHOWN_CHARACTERS = 1000
+
+
+def _line(reason: str) -> str:
+    """A reason as one line that every terminal and JSON encoder takes, whatever names a file has."""
+    text = reason if len(reason) <= _SHOWN_CHARACTERS else f"{reason[:_SHOWN_CHARACTERS]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class SmoaError(Exception):
     """Base of all errors of this project. `str(error)` is fit to be shown to a user."""
@@ -31,12 +40,18 @@ class AdapterError(SmoaError):
     def __init__(self, source: object, reasons: Sequence[str] | str) -> None:
         self.source = str(source)
         self.reasons = [reasons] if isinstance(reasons, str) else list(reasons)
-        lines = "".join(f"\n  - {reason}" for reason in self.reasons)
+        lines = "".join(f"\n  - {_line(reason)}" for reason in self.reasons[:_SHOWN])
+        if len(self.reasons) > _SHOWN:
+            lines += f"\n  - and {len(self.reasons) - _SHOWN} more reasons"
         super().__init__(f"adapter {self.source!r} was refused:{lines}")
 
 
 class AdapterNotFoundError(AdapterError):
     """There is no adapter at the path given."""
+
+
+class StorageError(SmoaError):
+    """A folder of this machine cannot be written: it is full, read-only, or belongs to somebody else."""
 
 
 class PathNotAllowedError(SmoaError):

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from .adapter import Adapter, AdapterKind
 from .base_checkpoint import BaseCheckpoint
 from .errors import AdapterError
@@ -12,6 +14,7 @@ from .formats.factor_keys import SMOA_KEY, pick_adapter, sort_tensors
 from .formats.lora import load_lora
 from .formats.source import Source, open_source
 from .order_cache import Progress
+from .overflow import overflow_reasons
 
 DEFAULT = LoadOptions()
 
@@ -135,9 +138,17 @@ def verify_adapter(
     base: BaseCheckpoint,
     options: LoadOptions = DEFAULT,
     *,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Bind every tensor of an adapter against its base, as a server would.
+
+    Args:
+        path: adapter as the user names it.
+        base: base model it shall be served on.
+        options: see LoadOptions.
+        dtype: that the model is served in, e.g. "float16"; as its configuration says by default.
+        progress: called while spectral orders are computed.
 
     Raises:
         AdapterError: with every reason why it cannot be served.
@@ -146,6 +157,9 @@ def verify_adapter(
     if kind_of(source.name, source.config) is AdapterKind.LORA:
         return Verification(len(load_lora(source, base, options).factors()), exact=False, order_error=0.0)
     adapter = load_adapter(path, base, options, progress=progress)
+    reasons = overflow_reasons(adapter.modules, getattr(torch, dtype or base.dtype))
+    if reasons:
+        raise AdapterError(source.name, reasons)
     return Verification(len(adapter.modules), _is_exact(source, adapter, base), adapter.order_error)
 
 

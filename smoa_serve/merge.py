@@ -1,6 +1,7 @@
 """What `smoa-serve merge` does: base + adapter → an ordinary Hugging Face checkpoint, one tensor at a time."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .formats.config import kind_of
 from .formats.lora import LoraFiles, load_lora
 from .formats.source import Source, open_source
 from .merge_loss import Lost, too_much_lost
+from .merge_record import MergedAdapter, repeat_reasons, write_record
 from .order_cache import Progress
 from .output_folder import new_folder
 from .stored_tensors import StoredTensor
@@ -31,6 +33,18 @@ LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "mod
 
 Delta = Callable[[Tensor], Tensor]
 """Weight [H_out, H_in] → its update [H_out, H_in], float32."""
+
+
+class Deltas(dict[str, Delta]):
+    """Module -> its update, and which adapter they are of.
+
+    Attributes:
+        adapter: for the record in the merged checkpoint; None = nothing is recorded.
+    """
+
+    def __init__(self, deltas: Mapping[str, Delta], adapter: MergedAdapter | None = None) -> None:
+        super().__init__(deltas)
+        self.adapter = adapter
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Merged:
 
 def load_deltas(
     path: str | Path, base: BaseCheckpoint, options: LoadOptions = DEFAULT, *, progress: Progress | None = None
-) -> dict[str, Delta]:
+) -> Deltas:
     """The dense update of every module of an adapter, as functions of the weight.
 
     Args:
@@ -62,9 +76,12 @@ def load_deltas(
     """
     source = open_source(path, options)
     if kind_of(source.name, source.config) is AdapterKind.LORA:
-        return _lora_deltas(source, load_lora(source, base, options), base)
+        files = load_lora(source, base, options)
+        record = MergedAdapter.of(source, AdapterKind.LORA, files.digest)
+        return Deltas(_lora_deltas(source, files, base), record)
     adapter = load_adapter(path, base, options, progress=progress)
-    return {name: update.dense for name, update in adapter.modules.items()}
+    record = MergedAdapter.of(source, adapter.kind, adapter.digest)
+    return Deltas({name: update.dense for name, update in adapter.modules.items()}, record)
 
 
 def merge(
@@ -75,6 +92,7 @@ def merge(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     max_lost: float | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Write base + update as a checkpoint of its own. Memory is bounded by one shard and one layer's update.
@@ -87,23 +105,31 @@ def merge(
             float32 and rounded once.
         shard_bytes: size of the files written.
         max_lost: largest share of a layer's update that rounding may remove; None = any.
+        force: merge also what the base says it holds, or what was trained on another base.
         progress: called as (tensor, bytes done, bytes in all).
 
     Raises:
         BaseModelError: the base is quantized.
-        MergeLossError: rounding removes more than `max_lost`; nothing is written then.
+        AdapterError: the base is a merged checkpoint, and the adapter is in it or was trained on another base.
+        MergeLossError: rounding removes more than `max_lost`, or a weight is not finite then; nothing is written.
         ConfigError: `out` is in use.
     """
     if base.is_quantized:
         raise BaseModelError(f"base model {base.path.name!r} is quantized: merge into the original weights")
+    record = deltas.adapter if isinstance(deltas, Deltas) else None
+    repeated = [] if record is None or force else repeat_reasons(base, record)
+    if repeated:
+        raise AdapterError(record.name if record else out, [*repeated, "with --force it is merged all the same"])
     updates = {base.stored(name).name: (name, delta) for name, delta in deltas.items()}
     with new_folder(out) as folder:
         lost = _write_tensors(base, updates, folder, dtype, shard_bytes, progress)
-        reasons = [] if max_lost is None else too_much_lost(lost, max_lost, "choose a wider --dtype")
+        reasons = too_much_lost(lost, max_lost, "choose a wider --dtype")
         if reasons:
             raise MergeLossError("; ".join(reasons))
         _copy_companions(base.path, folder)
         _write_config(base, folder, dtype)
+        if record is not None:
+            write_record(base, record, folder)
     return Merged(Path(out), lost)
 
 
@@ -186,6 +212,8 @@ def _merged(
     merged = (delta + weight).to(target)
     measured = Lost()
     measured.add(delta, merged.float() - weight.float())
+    if not bool(merged.isfinite().all()):
+        measured.removed_square = math.inf
     lost[module] = measured.share
     return (merged.t() if transposed else merged).contiguous()
 

@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -82,13 +83,25 @@ class OrderCache:
         found = self._read(file, fields)
         if found is not None:
             return found
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with ExitStack() as stack:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(f"{file}.lock"))
+            except (OSError, NotImplementedError) as error:
+                logger.warning("Orders cannot be kept in %s, and are computed each time: %s", self.root, error)
+                return compute()
             found = self._read(file, fields)
             if found is None:
                 found = compute()
-                self._write(file, dict(zip(fields, found, strict=True)))
+                self._keep(file, dict(zip(fields, found, strict=True)))
         return found
+
+    def _keep(self, file: Path, orders: Mapping[str, Tensor]) -> None:
+        """What cannot be kept was computed all the same: it is right, and costs the time again."""
+        try:
+            self._write(file, orders)
+        except (OSError, SafetensorError) as error:
+            logger.warning("The order %s cannot be kept: %s. Free space there, or set %s", file, error, CACHE_DIR_ENV)
 
     def _read(self, file: Path, fields: Sequence[str]) -> Sequence[Tensor] | None:
         if not file.is_file():

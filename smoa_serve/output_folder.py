@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ConfigError
+from .storage import writing
 
 
 @contextmanager
@@ -15,11 +16,17 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: `out` exists and is no empty folder.
+        StorageError: it cannot be written.
     """
     target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {target}: it exists and is not an empty folder; choose another or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(f"--out {target}", "choose another --out"):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"--out {target}: it exists and is not an empty folder; choose another or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield from _filled(target)
+
+
+def _filled(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         yield temporary

@@ -2,7 +2,8 @@
 
 An entry is a folder `<kind>-<digest>[-<base>]` with adapter_config.json, adapter_model.safetensors (SMoA and HiRA in
 the portable format, LoRA as PEFT writes it, never a pickle) and manifest.json, which holds what is known about the
-adapter and a digest of each file.
+adapter and a digest of each file. The content alone decides which entry is an adapter's. What a file says beyond its
+content (order, source) belongs to whoever read it, and is theirs whatever the first reader's file said.
 """
 
 import hashlib
@@ -10,12 +11,12 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors.torch import save_file
 
@@ -26,7 +27,9 @@ from .formats import LoadOptions, load_adapter, write_portable
 from .formats.config import kind_of
 from .formats.lora import LoraFiles, load_lora
 from .formats.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
+from .json_file import read_json
 from .order_cache import Progress
+from .storage import writing
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ STORE_DIR_ENV = "SMOA_STORE_DIR"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 DEFAULT = LoadOptions()
+LEFTOVERS = (".new-", ".old-")  # before an entry's name: what is being written, and what that replaces
+_ENTRY_BEGINS = tuple(f"{kind.value}-" for kind in AdapterKind)
+_STALE_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class StagedAdapter:
         nbytes: bytes of the factors and block ids in host memory.
         order: where the block ids come from; None for LoRA.
         order_error: worst expected relative error of a layer's update that comes from the order.
-        source: absolute path it was first read from.
+        source: absolute path it was read from; of an entry, the first.
     """
 
     kind: AdapterKind
@@ -70,6 +76,8 @@ class StagedAdapter:
 class AdapterStore:
     """The private copies of one machine. Safe with several processes.
 
+    What a process left half-written that ended meanwhile is removed with the next start.
+
     Args:
         root: folder; $SMOA_STORE_DIR or the user's cache folder by default.
 
@@ -83,6 +91,7 @@ class AdapterStore:
         configured = os.environ.get(STORE_DIR_ENV)
         default = Path(configured) if configured else user_cache_path("smoa-serve", appauthor=False) / "adapters"
         self.root = (root or default).expanduser().resolve()
+        self._remove_leftovers()
 
     def stage(
         self,
@@ -103,39 +112,57 @@ class AdapterStore:
         Raises:
             AdapterNotFoundError: nothing is there.
             AdapterError: with every reason why it cannot be served.
+            StorageError: its private copy cannot be written.
         """
-        own = Path(path).expanduser().resolve()
-        if own.parent == self.root and self._read_manifest(own) is None:
+        known = self.entry(path)
+        if known is None and self._is_inside(path):
             raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
         source = open_source(path, options)
         if kind_of(source.name, source.config) is AdapterKind.LORA:
             files = load_lora(source, base, options)
-            return self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
-        adapter = load_adapter(path, base, options, progress=progress)
-        return self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
+            staged = self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
+        else:
+            adapter = load_adapter(path, base, options, progress=progress)
+            staged = self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
+        return staged if known is None else replace(staged, source=known.source)
 
     def entry(self, path: str | Path) -> StagedAdapter | None:
         """What is known about a private copy; None when `path` is no intact entry of this store."""
-        own = Path(path).expanduser().resolve()
-        return self._read_manifest(own) if own.parent == self.root else None
+        return self._read_manifest(Path(path).expanduser().resolve()) if self._is_inside(path) else None
+
+    def _is_inside(self, path: str | Path) -> bool:
+        try:
+            return Path(path).expanduser().resolve().parent == self.root
+        except (OSError, RuntimeError, ValueError):  # no path at all, which the reader says better
+            return False
 
     def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
-        """The entry with this content; written when there is none, rebuilt when it is damaged."""
+        """What was read, and where its content is: written when it is nowhere, rebuilt when it is damaged."""
         folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{folder.name}.lock"):
-            found = self._read_manifest(folder)
-            if found is None:
-                if folder.exists():
-                    logger.warning("The private copy %s is damaged and is written again", folder)
-                self._write(folder, staged, write)
-                found = self._read_manifest(folder)
+        found = self._read_manifest(folder)
+        if found is None:
+            what = f"the private copy of adapter {staged.source!r} in {self.root}"
+            with writing(what, f"set {STORE_DIR_ENV} to another folder"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                with FileLock(self._lock(folder.name)):
+                    found = self._read_manifest(folder) or self._write(folder, staged, write)
         if found is None:
             raise AdapterError(staged.source, f"its private copy {folder} cannot be read right after it was written")
-        return found
+        return replace(staged, path=found.path)
 
-    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> None:
-        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".new-"))
+    def _lock(self, entry: str) -> Path:
+        """The lock that whoever writes an entry holds."""
+        return self.root / f".{entry}.lock"
+
+    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> StagedAdapter | None:
+        """Write an entry whose lock is held: it is there as a whole, or as it was before."""
+        if folder.exists():
+            logger.warning("The private copy %s is damaged and is written again", folder)
+        temporary, damaged = (folder.with_name(f"{mark}{folder.name}") for mark in LEFTOVERS)
+        for leftover in (temporary, damaged):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(mode=0o700)
         try:
             write(temporary)
             facts = asdict(staged)
@@ -144,17 +171,35 @@ class AdapterStore:
             manifest = {"version": MANIFEST_VERSION, "files": files, "adapter": facts}
             (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
-                damaged = Path(tempfile.mkdtemp(dir=self.root, prefix=".old-"))
-                folder.rename(damaged / folder.name)
-                shutil.rmtree(damaged)
+                folder.rename(damaged)
             temporary.rename(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in (temporary, damaged):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self._read_manifest(folder)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what was left half-written, unless somebody still writes it. A folder that cannot be changed stays."""
+        try:
+            left = [(mark, folder) for mark in LEFTOVERS for folder in self.root.glob(f"{mark}*")]
+        except OSError as error:
+            logger.warning("The folder of private copies %s cannot be looked through: %s", self.root, error)
+            return
+        for mark, folder in left:
+            entry = folder.name.removeprefix(mark)
+            try:
+                if entry.startswith(_ENTRY_BEGINS):
+                    with FileLock(self._lock(entry), timeout=0):
+                        shutil.rmtree(folder)
+                elif folder.stat().st_mtime < time.time() - _STALE_S:  # of an earlier release, with another lock
+                    shutil.rmtree(folder)
+            except (OSError, Timeout, NotImplementedError) as error:
+                logger.debug("Left %s where it is: %s", folder, error)
 
     def _read_manifest(self, folder: Path) -> StagedAdapter | None:
         """What the entry holds, or None when it is missing, incomplete or damaged."""
         try:
-            manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST_NAME)
             if manifest["version"] != MANIFEST_VERSION:
                 return None
             if any(_file_digest(folder / name) != digest for name, digest in manifest["files"].items()):
@@ -172,9 +217,9 @@ def _summary(adapter: Adapter, source: Source) -> StagedAdapter:
         kind=adapter.kind,
         digest=adapter.digest,
         path=source.folder,
-        rank=adapter.rank,
+        rank=adapter.total_rank,
         max_rank=adapter.max_rank,
-        num_blocks=adapter.num_blocks,
+        num_blocks=adapter.most_blocks,
         parameters=adapter.num_parameters,
         nbytes=adapter.nbytes,
         order=adapter.order,

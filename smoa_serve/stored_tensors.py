@@ -33,10 +33,17 @@ class StoredTensor:
     dtype: str
 
     def read(self) -> Tensor:
-        """The tensor as stored, on the CPU."""
-        with safe_open(self.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(self.name)
-            return tensor
+        """The tensor as stored, on the CPU.
+
+        Raises:
+            BaseModelError: the file cannot be read any more.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(self.name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise BaseModelError(f"{self.file} cannot be read: {error}") from error
 
     @property
     def is_float(self) -> bool:
@@ -73,7 +80,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BaseModelError(f"base model {folder}: {index.name} cannot be read: {error}") from error
         files = sorted({folder / name for name in weight_map.values()})
     else:

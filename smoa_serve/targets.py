@@ -1,8 +1,9 @@
 """`target_modules` and its companions → module names, by the rules of the published code and of PEFT."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+
+from .patterns import MatchTime, Pattern, PatternError
 
 LAYER_LISTS = ("layers", "h", "block", "blocks")  # where a layer index is looked for when no pattern is given
 
@@ -25,33 +26,78 @@ def select_modules(
         layers_pattern: names of the list that the layer number follows ("layers" in "model.layers.3.mlp").
 
     Raises:
-        re.error: `target_modules` or `exclude_modules` is no regular expression.
+        PatternError: `target_modules` or `exclude_modules` is no regular expression, or takes too long to match.
     """
     by_layer = layers_to_transform is not None and not isinstance(target_modules, str)
     wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     patterns = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or LAYER_LISTS)
+    time_left = MatchTime()
+    wants = matcher(target_modules, time_left)
+    excludes = matcher(exclude_modules or (), time_left)
     return [
         module
         for module in candidates
-        if matches(module, target_modules)
-        and not (exclude_modules and matches(module, exclude_modules))
-        and (not by_layer or layer_index(module, patterns) in wanted)
+        if wants(module) and not excludes(module) and (not by_layer or layer_index(module, patterns) in wanted)
     ]
 
 
 def unmatched(candidates: Iterable[str], target_modules: Sequence[str] | str) -> list[str]:
-    """Targets that name no module at all."""
+    """Targets that name no module at all.
+
+    Raises:
+        PatternError: `target_modules` is no regular expression, or takes too long to match.
+    """
     names = list(candidates)
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    as_given = isinstance(target_modules, str)
-    return [t for t in targets if not any(matches(name, t if as_given else [t]) for name in names)]
+    if isinstance(target_modules, str):
+        return [] if any(map(matcher(target_modules), names)) else [target_modules]
+    ends = {end for name in names for end in name_ends(name)}
+    return [target for target in target_modules if target not in ends]
 
 
-def matches(module: str, targets: Sequence[str] | str) -> bool:
-    """Whether one module is named by a list of names or by a regular expression."""
+def matcher(targets: Sequence[str] | str, time_left: MatchTime | None = None) -> Callable[[str], bool]:
+    """Whether a module is named by a list of names (equal, or the end after a dot) or by a regular expression.
+
+    Raises:
+        PatternError: it is no regular expression; by the function returned, it takes too long.
+    """
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+        return Pattern(targets, time_left).fullmatch
+    wanted = set(targets)
+    return lambda module: any(end in wanted for end in name_ends(module))
+
+
+def matches(module: str, targets: Sequence[str] | str, time_left: MatchTime | None = None) -> bool:
+    """Whether one module is named by a list of names or by a regular expression; see `matcher`."""
+    return matcher(targets, time_left)(module)
+
+
+def name_ends(module: str) -> list[str]:
+    """A module's name, and all its ends after a dot."""
+    parts = module.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
+
+
+def key_reasons(patterns: Mapping[str, Iterable[str]], modules: Iterable[str]) -> list[str]:
+    """Why keys of PEFT's `rank_pattern` and its like cannot be matched against modules, as PEFT and vLLM do it.
+
+    Args:
+        patterns: setting -> its keys.
+        modules: names without the model prefix.
+    """
+    names = list(modules)
+    time_left = MatchTime()
+    reasons = []
+    for setting, keys in patterns.items():
+        for key in keys:
+            try:
+                pattern = Pattern(rf"(.*\.)?({key})$", time_left)
+                for name in names:
+                    pattern.match(name)
+            except PatternError as error:
+                reasons.append(f"{setting}: {error}")
+                if time_left.left_s <= 0:
+                    return reasons
+    return reasons
 
 
 def layer_index(module: str, patterns: Sequence[str] = LAYER_LISTS) -> int | None:

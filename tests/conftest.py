@@ -7,10 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The same examples on every machine, however slow.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 # Read when torch is first imported: with busy-waiting threads small SVDs take up to 90 times longer on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -10,9 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # As in docs/architecture.md, first to last.
 STAGES = (
     ("merging's terms", ("merge_policy", "merge_loss")),
-    ("basics", ("errors", "adapter", "output_folder", "stored_tensors", "settings", "log_sharing", "heap")),
+    ("basics", ("errors", "adapter", "settings", "log_sharing", "heap")),
+    (
+        "files and what adapters hold",
+        ("json_file", "storage", "output_folder", "stored_tensors", "overflow", "patterns"),
+    ),
     ("base checkpoint", ("base_checkpoint", "quantized_tensors", "targets", "spectral", "order_cache")),
-    ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "inspection")),
+    ("adapter files", ("formats", "binding", "convert", "merge", "merge_check", "merge_record", "inspection")),
     ("training", ("peft", "train")),
     ("store", ("store",)),
     ("engine plugin", ("engine",)),
@@ -21,7 +25,7 @@ STAGES = (
     ("CLI", ("cli", "demo")),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
-KERNELS_FROM = 6  # the engine plugin is the first that computes deltas
+KERNELS_FROM = 7  # the engine plugin is the first that computes deltas
 FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 HEAVY = ("vllm", "triton")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from smoa_serve.cli import serve as serve_command
 from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_limits, slot_rank
 from smoa_serve.cli.app import app, main
-from smoa_serve.cli.serve_settings import ServeSettings, load_settings
+from smoa_serve.cli.serve_settings import SECRET_FLAGS, TEXT_FLAGS, ServeSettings, load_settings
 from smoa_serve.cli.vllm_command import plugin_names, vllm_command
 from smoa_serve.errors import AdapterError, ConfigError
 from smoa_serve.formats import LoadOptions
@@ -24,6 +25,16 @@ LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
 PUBLISHED = {"peft_type": "SMOA", "r": 32, "num_blocks": 3, "lora_alpha": 32}
 
 MakeAdapter = Callable[..., Path]
+
+
+def vllms_flags() -> dict[str, Any]:
+    """vLLM's own flags -> what its parser does with them."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    places = ("vllm.entrypoints.launchers", "vllm.entrypoints.openai")  # from 0.32, before
+    place = next(place for place in places if find_spec(place) and find_spec(f"{place}.cli_args"))
+    parser = import_module(f"{place}.cli_args").make_arg_parser(FlexibleArgumentParser())
+    return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
 @pytest.fixture
@@ -58,14 +69,14 @@ def test_flag_wins_over_environment_over_yaml_over_default(tmp_path: Path) -> No
     assert settings.model == "from-flag"
     assert settings.strict_order is False
     assert settings.allow_pickle is True
-    assert settings.allow_hub is False
+    assert settings.allow_hub is None
     assert settings.vllm == {"port": 3, "max-model-len": 4, "dtype": "float32"}
 
 
 @pytest.mark.parametrize("field", sorted(set(ServeSettings.model_fields) - {"vllm"}))
 def test_every_flag_can_be_set_from_yaml_and_environment(field: str, tmp_path: Path) -> None:
     values = {"adapter": "a=/x", "adapters_root": os.pathsep.join(["/x", "/y"])}
-    value = values.get(field, "true" if ServeSettings.model_fields[field].annotation is bool else "thing")
+    value = values.get(field, "true" if ServeSettings.model_fields[field].annotation == bool | None else "thing")
     from_yaml = settings_from(f"{field.replace('_', '-')}: {value}", tmp_path, {})
     from_environment = load_settings({}, {f"SMOA_SERVE_{field.upper()}": value}, None)
     assert from_yaml == from_environment
@@ -164,6 +175,21 @@ def test_adapters_dir_gives_every_adapter_below_its_name(make_adapter: MakeAdapt
         adapters_in(tmp_path / "nothing")
 
 
+def test_an_adapters_dir_that_may_not_be_read_is_one_clear_error(
+    make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a", LORA)
+
+    def closed(path: Path, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for operation in ("is_dir", "iterdir", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, operation, closed)
+            with pytest.raises(ConfigError, match=r"--adapters-dir .* cannot be read: Permission denied"):
+                adapters_in(tmp_path / "adapters")
+
+
 def test_the_command_is_vllm_serve_with_adapters(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     folder, extra = make_adapter("a", LORA), make_adapter("b", LORA)
     settings = ServeSettings(
@@ -229,6 +255,130 @@ def test_without_a_choice_all_installed_plugins_stay() -> None:
     assert {entry.name for entry in entry_points(group="vllm.general_plugins")} <= set(names)
 
 
+@pytest.mark.parametrize("key", ["0123", "null", "1.10", "true", "~", "[a", "{a: b}", "1e3", "2024-01-01", "-x"])
+def test_a_key_in_the_environment_is_taken_as_it_stands(key: str) -> None:
+    settings = load_settings({}, {"SMOA_SERVE_VLLM_API_KEY": key}, None)
+    assert settings.vllm == {"api-key": key}
+    command = vllm_command(ServeSettings(model="m", vllm=settings.vllm), [], {})
+    assert command.environment["VLLM_API_KEY"] == key
+    assert "--api-key" not in command.argv
+
+
+@pytest.mark.parametrize("flag", ["revision", "tokenizer", "served-model-name", "root-path", "host"])
+@pytest.mark.parametrize("text", ["0123", "null", "1.10", "true"])
+def test_text_flags_stay_text(flag: str, text: str) -> None:
+    name = f"SMOA_SERVE_VLLM_{flag.upper().replace('-', '_')}"
+    settings = load_settings({"model": "m"}, {name: text}, None)
+    assert vllm_command(settings, [], {}).argv[-2:] == [f"--{flag}", text]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("0123", ["--x", "0123"]),
+        ("null", ["--x", "null"]),
+        ("1.10", ["--x", "1.10"]),
+        ("1_000", ["--x", "1_000"]),
+        ("16", ["--x", "16"]),
+        ("true", ["--x"]),
+        ("false", ["--no-x"]),
+        ("[1, 1.10]", ["--x", "1", "1.1"]),
+        ('{"a": 1}', ["--x", '{"a": 1}']),
+        ("word", ["--x", "word"]),
+    ],
+)
+def test_variables_become_flags_without_being_rewritten(text: str, flags: list[str]) -> None:
+    settings = load_settings({"model": "m"}, {"SMOA_SERVE_VLLM_X": text}, None)
+    assert vllm_command(settings, [], {}).argv[-len(flags) :] == flags
+
+
+def test_numbers_of_a_file_are_not_rewritten_either(tmp_path: Path) -> None:
+    yaml = "vllm: {api-key: 0123, revision: 1.10, served-model-name: [1.10, b], port: 8000, x: 2024-01-01}"
+    written = {"api-key": "0123", "revision": "1.10", "served-model-name": ["1.10", "b"], "port": 8000}
+    assert settings_from(yaml, tmp_path, {}).vllm == written | {"x": "2024-01-01"}
+
+
+@pytest.mark.parametrize("value", ["null", "~", "true", "", "[a, null]", '""', "None", "[None, a]"])
+def test_a_key_in_a_file_that_would_be_no_key_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"put it in quotes|no key at all"):
+        settings_from(f"vllm: {{api-key: {value}}}", tmp_path, {})
+
+
+def test_text_flags_are_vllms() -> None:
+    pytest.importorskip("vllm")
+    known = vllms_flags()
+    assert {f"--{name}" for name in TEXT_FLAGS | SECRET_FLAGS} <= set(known)
+    for name in TEXT_FLAGS:
+        assert known[f"--{name}"].nargs != 0
+        assert not known[f"--{name}"].choices
+
+
+SECRET = "sesame-1234"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--api-key", SECRET),
+        (f"--api-key={SECRET}",),
+        ("--api_key", SECRET, f"{SECRET}2"),
+        ("--api-k", SECRET),
+        ("--hf-token", SECRET),
+        ("--api-key", SECRET, "--port", "8001"),
+    ],
+)
+def test_a_dry_run_shows_no_key(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_SERVE_VLLM_HF_TOKEN", SECRET)
+    output = invoke("base", *arguments)
+    assert SECRET not in output
+    assert "***" in output
+    assert ("--port 8001" in output) == ("8001" in arguments)
+
+
+def test_a_dry_run_shows_no_key_of_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(f"model: base\nvllm: {{api-key: [{SECRET}, {SECRET}2]}}")
+    assert SECRET not in invoke("--config", str(file))
+    monkeypatch.setenv("SMOA_SERVE_VLLM_API_KEY", SECRET)
+    output = invoke("--config", str(file))
+    assert SECRET not in output
+    assert "VLLM_API_KEY='***'" in output
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        f"vllm: [api-key={SECRET}]",
+        f"vllm: api-key={SECRET}",
+        f'vllm:\n  api-key: "{SECRET}',
+        f"vllm:\n  api-key: *{SECRET}",
+        f"vllm:\n  api-key: !{SECRET} x",
+        f"vllm:\n  api-key: {SECRET}: b",
+        f"vllm:\n  api-key: [true, {SECRET}]",
+        f"vllm:\n  api-key: {{? {SECRET} : b}}\n  hf-token: [",
+    ],
+)
+def test_no_error_shows_a_key(yaml: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        settings_from(yaml, tmp_path, {})
+    assert SECRET not in str(refused.value)
+
+
+def test_no_error_shows_the_value_of_a_variable_for_vllm() -> None:
+    with pytest.raises(ConfigError, match="ADDITIONAL_CONFIG cannot be read as a YAML value") as refused:
+        load_settings({}, {"SMOA_SERVE_VLLM_ADDITIONAL_CONFIG": f"{{token: {SECRET}"}, None)
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", ["allow_pickle", "strict_order", "allow_hub"])
+def test_a_switch_turned_off_overrules_an_inherited_variable(flag: str) -> None:
+    inherited = {f"SMOA_{flag.upper()}": "1"}
+    for value, expected in ((False, False), (True, True), (None, True)):
+        settings = ServeSettings(model="m", **({} if value is None else {flag: value}))
+        environment = inherited | vllm_command(settings, [], inherited).environment
+        assert getattr(Settings.from_environment(environment), flag) is expected
+
+
 def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["serve", *arguments, "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0
@@ -257,12 +407,7 @@ def test_the_configs_are_settings(name: str) -> None:
 
 def test_configs_name_flags_that_vllm_has() -> None:
     pytest.importorskip("vllm")
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    places = ("vllm.entrypoints.launchers", "vllm.entrypoints.openai")  # from 0.32, before
-    place = next(place for place in places if find_spec(place) and find_spec(f"{place}.cli_args"))
-    parser = import_module(f"{place}.cli_args").make_arg_parser(FlexibleArgumentParser())
-    known = {flag for action in parser._actions for flag in action.option_strings}
+    known = vllms_flags()
     for file in (file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("train")):
         flags = load_settings({}, {}, file).vllm
         assert not [name for name in flags if f"--{name}" not in known], file

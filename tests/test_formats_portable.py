@@ -33,7 +33,7 @@ def _adapter(num_blocks: int = 2, kind: AdapterKind = AdapterKind.SMOA, **module
     return Adapter(
         kind=kind,
         modules={Q: ModuleUpdate(**fields)},
-        rank=3,
+        rank=sum(ranks),
         num_blocks=num_blocks,
         alpha=1.0,
         order=OrderStatus.RECORDED,

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_the_same_content_is_one_entry_and_an_entry_is_itself(
 ) -> None:
     staged = store.stage(published, llama)
     pickled = published.with_name("paper_targets_r6_k4")
-    assert store.stage(published, llama) == store.stage(pickled, llama, PICKLE) == staged
+    assert store.stage(published, llama) == staged
+    assert store.stage(pickled, llama, PICKLE) == replace(staged, source=str(pickled.resolve()))
     assert store.stage(staged.path, llama) == staged
     assert len([entry for entry in store.root.iterdir() if entry.is_dir()]) == 1
 
@@ -119,8 +121,6 @@ def test_several_processes_may_stage_the_same_adapter(
 
 
 def test_equal_factors_for_two_bases_are_two_entries(store: AdapterStore, make_base: MakeBase, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from smoa_serve.formats import write_portable
 
     weight = torch.randn(6, 4)
@@ -133,6 +133,54 @@ def test_equal_factors_for_two_bases_are_two_entries(store: AdapterStore, make_b
         marked = replace(plain, modules={Q: replace(plain.modules[Q], base=base.fingerprint(Q))})
         staged.add(store.stage(write_portable(marked, tmp_path / f"portable{i}"), base).path)
     assert len(staged) == 2
+
+
+def test_what_a_lying_file_says_is_not_said_of_an_honest_one(
+    store: AdapterStore, llama: BaseCheckpoint, published: Path, tmp_path: Path
+) -> None:
+    from smoa_serve.formats import write_portable
+
+    honest = load_adapter(published, llama)
+    name, update = next(iter(honest.modules.items()))
+    lie = dict(honest.modules) | {name: replace(update, order_error=0.9)}
+    liar = write_portable(replace(honest, modules=lie, order=OrderStatus.RECORDED, alpha=1e6), tmp_path / "liar")
+    first = store.stage(liar, llama)
+    assert (first.order, first.order_error, first.source) == (OrderStatus.RECORDED, 0.9, str(liar.resolve()))
+    staged = store.stage(published, llama)
+    assert staged.path == first.path
+    assert (staged.order, staged.order_error) == (OrderStatus.RECOMPUTED, 0.0)
+    assert staged.source == str(published.resolve())
+    assert store.stage(liar, llama) == first
+
+
+@pytest.mark.parametrize(
+    ("claim", "what"),
+    [
+        ({"rank": 1}, "a total rank of 6, its configuration says 1"),
+        ({"rank": 600}, "a total rank of 6, its configuration says 600"),
+        ({"num_blocks": 2}, "have 4 blocks, its configuration says 2"),
+        ({"digest": "0" * 64}, "its configuration says '000000000000'"),
+    ],
+)
+def test_a_portable_file_that_lies_about_its_tensors_is_refused(
+    llama: BaseCheckpoint, published: Path, tmp_path: Path, claim: dict[str, Any], what: str
+) -> None:
+    from smoa_serve.formats import write_portable
+
+    folder = write_portable(load_adapter(published, llama), tmp_path / "liar")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | claim))
+    with pytest.raises(AdapterError, match=what):
+        load_adapter(folder, llama)
+
+
+def test_the_rank_of_an_entry_comes_from_its_factors(
+    store: AdapterStore, llama: BaseCheckpoint, tmp_path: Path
+) -> None:
+    folder = _hira(tmp_path, llama.shape(Q))
+    config = {"peft_type": "HIRA", "r": 64, "rank_pattern": {"q_proj": 2}, "target_modules": [Q]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert store.stage(folder, llama).rank == 2
 
 
 def _hira(folder: Path, shape: tuple[int, int]) -> Path:

@@ -1,9 +1,8 @@
 """Which modules a configuration names."""
 
-import re
-
 import pytest
 
+from smoa_serve.patterns import PatternError
 from smoa_serve.targets import layer_index, select_modules, unmatched
 
 MODULES = [
@@ -70,5 +69,5 @@ def test_layer_index_is_the_number_after_the_list_of_layers() -> None:
 def test_targets_that_name_nothing_are_told() -> None:
     assert unmatched(MODULES, ["q_proj", "k_proj"]) == ["k_proj"]
     assert unmatched(MODULES, r".*k_proj") == [r".*k_proj"]
-    with pytest.raises(re.error):
+    with pytest.raises(PatternError, match=r"'\(' is no regular expression: missing \)"):
         select_modules(MODULES, "(")

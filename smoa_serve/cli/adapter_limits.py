@@ -20,11 +20,15 @@ def adapters_in(folder: Path) -> dict[str, str]:
     """Name → path of every sub-folder that holds an adapter.
 
     Raises:
-        ConfigError: no such folder, or no adapter in it.
+        ConfigError: no such folder, no adapter in it, or it may not be read.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"--adapters-dir {folder}: there is no such folder")
-    found = {entry.name: str(entry) for entry in sorted(folder.iterdir()) if (entry / CONFIG_NAME).is_file()}
+    try:
+        if not folder.is_dir():
+            raise ConfigError(f"--adapters-dir {folder}: there is no such folder")
+        found = {entry.name: str(entry) for entry in sorted(folder.iterdir()) if (entry / CONFIG_NAME).is_file()}
+    except OSError as error:
+        what = f"{error.strerror} ({error.filename})"
+        raise ConfigError(f"--adapters-dir {folder} cannot be read: {what}; let the server's user read it") from error
     if not found:
         raise ConfigError(f"--adapters-dir {folder}: no sub-folder has an {CONFIG_NAME}")
     return found

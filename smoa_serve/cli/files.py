@@ -21,11 +21,12 @@ from ..formats import LoadOptions
 from ..inspection import AdapterReport, inspect_adapter, verify_adapter
 from ..merge import load_deltas
 from ..merge import merge as merge_adapter
+from ..merge_record import merged_note
 from ..order_cache import Progress as ProgressCallback
 
 
 class Dtype(StrEnum):
-    """Dtypes of a merged checkpoint."""
+    """Dtypes of a model."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -74,6 +75,7 @@ def convert(
     options = LoadOptions(allow_pickle, strict_order, config, adapter_name, None, trained_dtype, check_device)
     with _shown_errors():
         opened = BaseCheckpoint.open(base) if base else None
+        _print_merged_note(opened)
         with _progress("spectral orders") as progress:
             written = convert_adapter(adapter, out, to, opened, options, progress=progress)
     console = Console()
@@ -111,6 +113,7 @@ def verify(
     config: ConfigOption = None,
     adapter_name: NameOption = None,
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="The server's --dtype; the base's by default.")] = None,
     trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
@@ -118,8 +121,10 @@ def verify(
     options = LoadOptions(allow_pickle, strict_order, config, adapter_name, max_rank, trained_dtype, check_device)
     with _shown_errors():
         opened = BaseCheckpoint.open(base)
+        _print_merged_note(opened)
         with _progress("spectral orders") as progress:
-            found = verify_adapter(adapter, opened, options, progress=progress)
+            served = dtype.value if dtype else None
+            found = verify_adapter(adapter, opened, options, dtype=served, progress=progress)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{adapter}: fits {base}, {found.layers} layers", markup=False)
     if not found.exact:
@@ -138,6 +143,9 @@ def merge(
         float | None,
         typer.Option("--max-lost", help="Refuse when rounding removes a larger share of an update."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge also what the base holds already, or what names another base.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
@@ -149,11 +157,18 @@ def merge(
     console = Console()
     with _shown_errors():
         opened = BaseCheckpoint.open(base)
+        _print_merged_note(opened)
         with _progress("spectral orders") as progress:
             deltas = load_deltas(adapter, opened, options, progress=progress)
         with _progress("merging", unit=2**20) as progress:
             written = merge_adapter(
-                opened, deltas, out, dtype=dtype.value if dtype else None, max_lost=max_lost, progress=progress
+                opened,
+                deltas,
+                out,
+                dtype=dtype.value if dtype else None,
+                max_lost=max_lost,
+                force=force,
+                progress=progress,
             )
         console.print(f"{out}: {len(deltas)} layers merged", soft_wrap=True)
         worst = max(written.lost, key=lambda name: written.lost[name])
@@ -165,6 +180,12 @@ def merge(
             console.print(f"largest difference of a logit {result.max_abs:.2e}, allowed {result.allowed:.2e}")
             if not result.passed:
                 raise SmoaError(f"{out}: the merged model does not compute what the adapter does")
+
+
+def _print_merged_note(base: BaseCheckpoint | None) -> None:
+    note = merged_note(base) if base is not None else None
+    if note is not None:
+        Console(stderr=True).print(f"[bold yellow]warning[/]: {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def _print_order_error(order_error: float) -> None:

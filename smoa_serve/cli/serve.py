@@ -1,7 +1,6 @@
 """`smoa-serve serve`: vLLM's own API server with this project's plugin, in this very process."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -66,9 +65,7 @@ def serve(
         given["model"] = arguments.pop(0)
     command = vllm_command(load_settings(given, os.environ, config), arguments, os.environ)
     if dry_run:
-        for name, value in command.environment.items():
-            typer.echo(f"{name}={shlex.quote(value)}")
-        typer.echo(shlex.join(command.argv))
+        typer.echo(command.shown())
         return
     run_vllm(command)
 

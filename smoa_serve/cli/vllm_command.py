@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -13,10 +14,12 @@ from ..errors import ConfigError
 from ..formats import LoadOptions
 from ..settings import Settings
 from .adapter_limits import adapters_in, default_limits
-from .serve_settings import FlagValue, ServeSettings, flag_names
+from .serve_settings import FlagValue, ServeSettings, flag_names, masked
 
 PLUGIN = "smoa_serve"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # the only group that vLLM leaves out unless VLLM_PLUGINS names it
+# Where vLLM takes one key as it is: its parser reads a key "None" as no key, and "-x" as a flag.
+API_KEY_ENV = "VLLM_API_KEY"
 LIMITS = ("max-loras", "max-cpu-loras", "max-lora-rank")
 
 
@@ -31,6 +34,12 @@ class VllmCommand:
 
     argv: list[str]
     environment: dict[str, str]
+
+    def shown(self) -> str:
+        """For a shell, a line per variable and one for the command; keys and tokens are masked."""
+        variables = {name: "***" if name == API_KEY_ENV else value for name, value in self.environment.items()}
+        lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+        return "\n".join([*lines, shlex.join(masked(self.argv))])
 
 
 def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment: Mapping[str, str]) -> VllmCommand:
@@ -57,15 +66,23 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         # The engine refuses adapters where there are graphs.
         defaults["enforce-eager"] = True
     if not given.issuperset(LIMITS):
-        defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=settings.allow_pickle))
+        allow_pickle = settings.allow_pickle
+        if allow_pickle is None:
+            allow_pickle = Settings.from_environment(environment).allow_pickle
+        defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=allow_pickle))
     # vLLM refuses loading at run time with several API servers, its default for data parallel.
     if "headless" not in given:
         defaults["api-server-count"] = 1
     flags = {name: value for name, value in defaults.items() if name not in given} | settings.vllm
+    variables = _environment(settings, roots, environment)
+    if isinstance(flags.get("api-key"), str):
+        key = str(flags.pop("api-key"))
+        if "api-key" not in flag_names(arguments):
+            variables[API_KEY_ENV] = key
     argv = ["vllm", "serve", settings.model, *_lora_modules(adapters)]
     for name, value in flags.items():
         argv += _flag(name, value)
-    return VllmCommand([*argv, *arguments], _environment(settings, roots, environment))
+    return VllmCommand([*argv, *arguments], variables)
 
 
 def plugin_names(current: str | None) -> str:
@@ -109,7 +126,7 @@ def _environment(settings: ServeSettings, roots: Iterable[Path], environment: Ma
         "SMOA_STRICT_ORDER": settings.strict_order,
         "SMOA_ALLOW_HUB": settings.allow_hub,
     }
-    return result | {name: "1" for name, on in switches.items() if on}
+    return result | {name: str(int(on)) for name, on in switches.items() if on is not None}
 
 
 def _lora_modules(adapters: Mapping[str, str]) -> list[str]:

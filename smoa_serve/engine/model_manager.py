@@ -21,6 +21,7 @@ from smoa_serve.engine.freeing import SmoaModel
 from smoa_serve.engine.merging import WeightChecksumError
 from smoa_serve.engine.moving import MovingManager
 from smoa_serve.errors import AdapterError
+from smoa_serve.overflow import overflow_reasons
 from smoa_serve.settings import Settings
 
 
@@ -99,6 +100,9 @@ class SmoaModelManager(MovingManager):
         Raises:
             AdapterError: this engine cannot serve it; every reason.
         """
+        reasons = overflow_reasons(adapter.modules, self._model_dtype)
+        if reasons:
+            raise AdapterError(source, reasons)
         if self.device.type == "cuda" and is_pin_memory_available():
             modules = {name: pinned(update) for name, update in adapter.modules.items()}
             adapter = dataclasses.replace(adapter, modules=modules)

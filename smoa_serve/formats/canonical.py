@@ -100,20 +100,35 @@ def branch_ranks(
     found = {k: t.shape[0] for items in first for (side, k), t in items if side == "A" and t.dim() == 2}
     least = max(found, default=0) + 1
     largest = max((max(shape) for shape in shapes.values()), default=least)
-    counts = [config.num_blocks] if config.num_blocks else range(least, largest + 1)
-    fitting = [count for count in counts if all(_fits(modules[name], shapes[name], count) for name in shapes)]
-    if len(fitting) != 1:
-        what = "no number of blocks fits" if not fitting else f"{fitting[0]} and {fitting[1]} blocks fit"
+    given = config.num_blocks
+    possible = range(given, given + 1) if given else range(least, largest + 1)
+    for name, shape in shapes.items():
+        for slot, factor in modules[name].items():
+            possible = _narrowed(possible, slot, factor, shape)
+    if len(possible) != 1:
+        what = f"{possible[0]} and {possible[1]} blocks fit" if possible else "no number of blocks fits"
         return (), [f"{what} the shapes of the factors; give r and num_blocks in the configuration"]
-    ranks = tuple(found.get(k, 0) for k in range(fitting[0]))
+    ranks = tuple(found.get(k, 0) for k in range(possible[0]))
     if config.r is not None and sum(ranks) != config.r:
         return (), [f"the factors have a total rank of {sum(ranks)}, but r={config.r}"]
     return ranks, []
 
 
-def _fits(factors: Factors, shape: tuple[int, int], num_blocks: int) -> bool:
-    rows, cols = (piece_sizes(size, num_blocks) for size in shape)
-    return all(
-        t.dim() == 2 and k < num_blocks and (t.shape[1] == cols[k] if side == "A" else t.shape[0] == rows[k])
-        for (side, k), t in factors.items()
-    )
+def _narrowed(counts: range, slot: Slot, factor: Tensor, shape: tuple[int, int]) -> range:
+    """Those numbers of blocks K for which a factor has the length of its piece.
+
+    Piece k of n coordinates has `n // K + (k < n % K)` of them. For one length these K lie side by side:
+    where `n // K` is the length, `n % K <= k` holds from some K on, and where it is one less, `n % K > k` up to some K.
+    """
+    side, k = slot
+    if factor.dim() != 2:
+        return range(0)
+    n, length = (shape[1], factor.shape[1]) if side == "A" else (shape[0], factor.shape[0])
+    if length == 0:
+        first, last = n + 1, counts.stop if k >= n else n
+    elif length == 1:
+        first, last = max(n // 2 + 1, n - k), counts.stop if k < n else n
+    else:
+        first = max(n // (length + 1) + 1, -((k - n) // length))
+        last = max(n // length, min(n // (length - 1), -((k - n) // (length - 1)) - 1))
+    return range(max(counts.start, first, k + 1), min(counts.stop, last + 1))

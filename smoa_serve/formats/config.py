@@ -114,7 +114,7 @@ class ModuleEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    branch_ranks: list[Rank]
+    branch_ranks: Annotated[list[Rank], Field(max_length=2**15 - 1)]
     scaling: Number
     order_error: Annotated[Number, Field(ge=0)] = 0.0
     base: FingerprintEntry | None = None

@@ -11,7 +11,7 @@ from .source import Source
 
 PREFIX = "base_model.model."
 # "…lora_A.0.weight" is the adapter the file was saved for, "…lora_A.other.0.weight" another one in the same file.
-SMOA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<name>[^.]+)\.)?(?P<block>\d+)\.weight")
+SMOA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<name>[^.]+)\.)?(?P<block>[0-9]{1,5})\.weight")
 HIRA_KEY = re.compile(r"(?P<module>.+)\.hira_(?P<side>[AB])(?:\.(?P<name>[^.]+))?")
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
 
@@ -98,4 +98,8 @@ def tensor_reasons(label: str, tensor: Tensor, shape: tuple[int, ...]) -> list[s
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         return [f"{label} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16 or bfloat16"]
     bad = int((~tensor.isfinite()).sum())
-    return [f"{label}: {bad} of {tensor.numel()} numbers are not finite (NaN or Inf)"] if bad else []
+    if bad:
+        return [f"{label}: {bad} of {tensor.numel()} numbers are not finite (NaN or Inf)"]
+    # Only float64 holds more than float32, in which every factor is served.
+    bad = int((~tensor.float().isfinite()).sum()) if tensor.dtype.itemsize > 4 else 0
+    return [f"{label}: {bad} of {tensor.numel()} numbers are too large for float32"] if bad else []

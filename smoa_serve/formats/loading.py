@@ -7,6 +7,7 @@ from ..base_checkpoint import BaseCheckpoint
 from ..binding import check_binding
 from ..errors import AdapterError
 from ..order_cache import Progress
+from ..overflow import overflow_reasons
 from .config import is_portable, kind_of
 from .hira import load_hira
 from .options import LoadOptions, limit_reasons
@@ -73,7 +74,7 @@ def _read(source: Source, base: BaseCheckpoint | None, options: LoadOptions, pro
 
 
 def _option_reasons(adapter: Adapter, options: LoadOptions) -> list[str]:
-    reasons = limit_reasons(adapter.max_rank, options)
+    reasons = limit_reasons(adapter.max_rank, options) + overflow_reasons(adapter.modules)
     if options.strict_order:
         reasons += [
             f"{name}: the spectral order is not fully determined, expected error of the update {update.order_error:.3f}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError
 from ..stored_tensors import tensor_bytes
+from ..targets import key_reasons
 from .config import HARMLESS
 from .factor_keys import HIRA_KEY, LORA_KEY, PREFIX, SMOA_KEY, tensor_reasons
 from .options import LoadOptions
@@ -82,7 +83,7 @@ def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
         raise AdapterError(source.name, reasons)
     reasons = _pair_reasons(files)
     complete = not reasons
-    reasons += _number_reasons(files)
+    reasons += _number_reasons(files) + _pattern_reasons(files)
     if complete and base is not None:
         reasons += [reason for reason in _binding_reasons(files, base) if reason not in reasons]
     if complete and options.max_rank is not None and files.rank > options.max_rank:
@@ -112,6 +113,13 @@ def _pair_reasons(files: LoraFiles) -> list[str]:
             if tensor.dim() != 2:
                 reasons.append(f"{module}.lora_{side} has shape {list(tensor.shape)}, expected a matrix")
     return reasons
+
+
+def _pattern_reasons(files: LoraFiles) -> list[str]:
+    """Expressions that vLLM, which has no time limit, could not match against this adapter's modules."""
+    patterns = {key: files.config.get(key) for key in ("rank_pattern", "alpha_pattern")}
+    keys = {key: value for key, value in patterns.items() if isinstance(value, dict)}
+    return key_reasons(keys, {match["module"] for match, _ in files.matches()}) if any(keys.values()) else []
 
 
 def _number_reasons(files: LoraFiles) -> list[str]:

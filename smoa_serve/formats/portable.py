@@ -44,8 +44,8 @@ def write_portable(adapter: Adapter, out_dir: str | Path) -> Path:
     config = PortableConfig(
         kind=adapter.kind,
         digest=adapter.digest,
-        rank=adapter.rank,
-        num_blocks=adapter.num_blocks,
+        rank=adapter.total_rank,
+        num_blocks=adapter.most_blocks,
         alpha=adapter.alpha,
         order=adapter.order,
         base_model_name_or_path=adapter.base_model,
@@ -84,10 +84,23 @@ def load_portable(source: Source, options: LoadOptions) -> Adapter:
         base_model=config.base_model_name_or_path,
         metadata=config.metadata,
     )
-    if adapter.digest != config.digest:
-        found = f"its contents have the digest {adapter.digest[:12]}…, its configuration says {config.digest[:12]}…"
-        raise AdapterError(source.name, f"{found}: it was changed or damaged")
+    reasons = _claim_reasons(config, adapter)
+    if reasons:
+        raise AdapterError(source.name, reasons)
     return adapter
+
+
+def _claim_reasons(config: PortableConfig, adapter: Adapter) -> list[str]:
+    """What a configuration says about its tensors and what is not so."""
+    reasons = []
+    if adapter.digest != config.digest:
+        found = f"its contents have the digest {adapter.digest[:12]}…, its configuration says {config.digest[:12]!r}…"
+        reasons.append(f"{found}: it was changed or damaged")
+    if adapter.total_rank != config.rank:
+        reasons.append(f"its modules have a total rank of {adapter.total_rank}, its configuration says {config.rank}")
+    if adapter.most_blocks != config.num_blocks:
+        reasons.append(f"its modules have {adapter.most_blocks} blocks, its configuration says {config.num_blocks}")
+    return reasons
 
 
 def _entry(update: ModuleUpdate) -> ModuleEntry:
@@ -120,6 +133,8 @@ def _module_reasons(name: str, entry: ModuleEntry, tensors: Mapping[str, Tensor]
     reasons = tensor_reasons(f"{name}.smoa_a", a, (rank, cols)) + tensor_reasons(f"{name}.smoa_b", b, (rows, rank))
     if a.dtype != b.dtype:
         reasons.append(f"{name}: the factors have several dtypes")
+    if not (rows and cols and entry.branch_ranks):
+        reasons.append(f"{name}: an update of {rows} x {cols} in {len(entry.branch_ranks)} blocks holds nothing")
     for part, ids, size in (("smoa_row_block", row_block, rows), ("smoa_col_block", col_block, cols)):
         if ids.dtype not in {torch.uint8, torch.uint16} or tuple(ids.shape) != (size,):
             reasons.append(f"{name}.{part} must be uint8 or uint16 of shape [{size}]")

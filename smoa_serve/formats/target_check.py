@@ -1,9 +1,9 @@
 """The modules that a configuration names against those that the file holds."""
 
-import re
 from collections.abc import Collection
 
 from ..base_checkpoint import BaseCheckpoint
+from ..patterns import PatternError
 from ..targets import select_modules, unmatched
 from .config import AdapterConfig, Names
 
@@ -22,7 +22,8 @@ def target_reasons(
         exclude_modules: HiRA's exceptions.
     """
     targets = config.target_modules
-    reasons = [base.why_not_linear(name) for name in modules if name not in base.linear_modules]
+    linear = set(base.linear_modules)
+    reasons = [base.why_not_linear(name) for name in modules if name not in linear]
     if targets is None or targets == ALL_LINEAR:
         return reasons
     try:
@@ -34,9 +35,10 @@ def target_reasons(
             layers_pattern=config.layers_pattern,
         )
         idle = unmatched(base.linear_modules, targets)
-    except re.error as error:
-        return [*reasons, f"target_modules or exclude_modules is no regular expression: {error}"]
+    except PatternError as error:
+        return [*reasons, f"target_modules or exclude_modules: {error}"]
     reasons += [f"target_modules: {target!r} names no linear layer of the base" for target in idle]
     reasons += [f"{name} is a target, but the file has no factors for it" for name in wanted if name not in modules]
-    extra = (name for name in modules if name in base.linear_modules and name not in wanted)
+    named = set(wanted)
+    extra = (name for name in modules if name in linear and name not in named)
     return reasons + [f"the file has factors for {name}, which target_modules does not name" for name in extra]

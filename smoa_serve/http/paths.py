@@ -1,9 +1,10 @@
 """Where an adapter named over HTTP may lie."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from smoa_serve.errors import AdapterNotFoundError, PathNotAllowedError
+from smoa_serve.errors import AdapterError, AdapterNotFoundError, PathNotAllowedError
 
 
 def confine(path: str, roots: Sequence[Path]) -> Path:
@@ -17,6 +18,7 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
         PathNotAllowedError: no roots are configured, or the path or a file right below it (links followed) leaves them.
             Whether something exists outside the roots is not revealed.
         AdapterNotFoundError: it lies inside, but there is nothing.
+        AdapterError: it lies inside, but may not be read.
     """
     if not roots:
         raise PathNotAllowedError(
@@ -34,11 +36,16 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
             f"the adapter path {path!r} lies outside the configured folders; give a path below one of them, "
             "absolute or relative to it, without '..' and without links that lead out"
         )
-    existing = [(root, real) for root, real in inside if real.exists()]
-    if not existing:
-        raise AdapterNotFoundError(path, "there is nothing at this path")
-    root, found = existing[0]
-    for file in found.iterdir() if found.is_dir() else ():
+    try:
+        existing = [(root, real) for root, real in inside if real.exists()]
+        if not existing:
+            raise AdapterNotFoundError(path, "there is nothing at this path")
+        root, found = existing[0]
+        # A weight file is read with the configuration beside it.
+        files = list(found.iterdir()) if found.is_dir() else [found.parent / "adapter_config.json"]
+    except PermissionError:
+        raise AdapterError(path, "it cannot be read: permission denied; let the server's user read it") from None
+    for file in files:
         target = _resolve(file)
         if target is None or not target.is_relative_to(root):
             raise PathNotAllowedError(f"{file.name} of the adapter {path!r} is a link out of the configured folders")
@@ -49,7 +56,8 @@ def _resolve(path: Path) -> Path | None:
     """The path with its links followed; None when it cannot be one: too long, a null byte, links in a circle."""
     try:
         real = path.resolve()
-        real.exists()
+        with suppress(PermissionError):  # told apart later, and only inside of the roots
+            real.exists()
     except (OSError, RuntimeError, ValueError):
         return None
     return real

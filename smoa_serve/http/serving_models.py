@@ -25,6 +25,7 @@ from smoa_serve.errors import (
     MoveFailedError,
     PathNotAllowedError,
     SmoaError,
+    StorageError,
     WorkerError,
 )
 from smoa_serve.formats import LoadOptions
@@ -45,6 +46,7 @@ _STATUS = {
     AdapterError: HTTPStatus.BAD_REQUEST,
     EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
     PathNotAllowedError: HTTPStatus.FORBIDDEN,
+    StorageError: HTTPStatus.INSUFFICIENT_STORAGE,
     SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 _DRAIN_POLL_S = 0.2

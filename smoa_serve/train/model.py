@@ -1,7 +1,6 @@
 """The model that is trained: the base from its checkpoint, with a new adapter or one that goes on."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from ..base_checkpoint import BaseCheckpoint
 from ..errors import BaseModelError, ConfigError
+from ..patterns import PatternError
 from ..peft import SMoAConfig, SMoAModel
 from ..targets import select_modules, unmatched
 from .config import AdapterSettings, HiraSettings, LoraSettings, SmoaSettings, TrainConfig
@@ -43,8 +43,8 @@ def adapted_modules(config: TrainConfig, base: BaseCheckpoint) -> list[str]:
             exclude_modules=settings.exclude_modules,
             layers_to_transform=settings.layers_to_transform,
         )
-    except re.error as error:
-        raise ConfigError(f"adapter.target_modules: {error.pattern!r} is no regular expression: {error}") from error
+    except PatternError as error:
+        raise ConfigError(f"adapter.target_modules: {error}") from error
     if missing:
         raise ConfigError(
             f"adapter.target_modules: {', '.join(missing)} names no linear layer of {config.base!r}; "

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,95 @@ def test_a_pickle_that_does_more_than_hold_tensors_is_not_run(tiny: Any, tmp_pat
     torch.save({"x": Trap()}, path / "adapter_model.bin")
     assert_refused(tiny, path, "cannot be read as a dictionary of tensors")
     assert not (tmp_path / "run").exists()
+
+
+FREEZING = r"(?:[a-z._0-9]+){1,1000}(?!.)\\bx?y"  # no engine ends on it without a limit
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config"),
+    [
+        ("hira", {"target_modules": FREEZING}),
+        ("hira", {"exclude_modules": FREEZING}),
+        ("hira", {"target_modules": "(([a-z0-9]|[._])+)+!"}),
+        ("lora-r4", {"rank_pattern": {FREEZING: 4}}),
+        ("lora-r4", {"alpha_pattern": {FREEZING: 4}}),
+    ],
+)
+def test_an_expression_that_never_ends_does_not_stop_the_server(
+    tiny: Any, vectors: Path, adapter: str, config: dict[str, Any]
+) -> None:
+    if adapter == "hira":
+        path = tiny.root / "freezing-hira"
+        path.mkdir(exist_ok=True)
+        h_out, h_in = tiny.adapters["smoa-r8-k2"].deltas[Q0].shape
+        factors = {"hira_A": torch.randn(2, h_in), "hira_B": torch.randn(h_out, 2)}
+        save_file({f"{LORA_Q0}.{n}": t for n, t in factors.items()}, path / "adapter_model.safetensors")
+        written = {"peft_type": "HIRA", "r": 2, "target_modules": ["q_proj"]} | config
+        (path / "adapter_config.json").write_text(json.dumps(written))
+    else:
+        path = changed_copy(tiny.adapters[adapter].path, tiny.root / "freezing-lora", keep, config)
+    answers = []
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(tiny.load, "freezing", path)
+        while not load.done():
+            answers.append(tiny.ask("smoa-r8-k2", PROMPT).differs(tiny.solo("smoa-r8-k2", PROMPT)))
+    assert load.result().status_code == 400, load.result().text
+    message = load.result().json()["error"]["message"]
+    assert "is refused: matching it" in message or "names no linear layer of the base" in message
+    assert set(answers) == {None}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested deeper"),
+        ('{"peft_type": "HIRA", "r": 2, "target_modules": ["\\ud800"]}', "surrogate"),
+        ('{"r": 2, "r": 4}', "twice"),
+        ("{" + ",".join(f'"k{i}": 1' for i in range(200_000)) + "}", "200000 entries"),
+    ],
+    ids=["deep", "surrogate", "twice", "long"],
+)
+def test_a_configuration_that_no_trainer_writes_is_refused(tiny: Any, text: str, reason: str) -> None:
+    path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "odd-config", keep)
+    (path / "adapter_config.json").write_text(text)
+    assert_refused(tiny, path, reason)
+
+
+def test_numbers_that_overflow_as_they_are_served_are_refused(tiny: Any, rewritten: Callable[..., Path]) -> None:
+    def grow(modules: dict[str, Any]) -> dict[str, Any]:
+        wide = replace(modules[Q0], a=modules[Q0].a.double() * 1e200, b=modules[Q0].b.double())
+        return modules | {Q0: wide, V1: replace(modules[V1], scaling=1e300)}
+
+    def scale(modules: dict[str, Any]) -> dict[str, Any]:
+        return modules | {V1: replace(modules[V1], scaling=1e300)}
+
+    assert_refused(tiny, rewritten("beyond-float32", grow), Q0, "too large for float32")
+    assert_refused(tiny, rewritten("scaled-to-inf", scale), V1, "not finite in float32")
+
+
+def test_a_store_that_cannot_be_written_refuses_with_the_remedy_and_goes_on(tiny: Any) -> None:
+    variables = Path(f"/proc/{tiny.server.process.pid}/environ").read_text().split("\0")
+    (store,) = (Path(value.partition("=")[2]) for value in variables if value.startswith("SMOA_STORE_DIR="))
+    path = tiny.make("not-stored", seed=51).path
+    aside = store.rename(store.with_name("aside"))
+    store.write_text("no folder")
+    try:
+        assert_refused(tiny, path, "cannot be written", "set SMOA_STORE_DIR to another folder", status=507)
+    finally:
+        store.unlink()
+        aside.rename(store)
+    assert tiny.load("not-stored", path).status_code == 200
+    assert tiny.unload("not-stored").status_code == 200
+
+
+def test_a_weight_file_beside_a_link_out_of_the_roots_is_refused(tiny: Any, tmp_path: Path) -> None:
+    path = changed_copy(tiny.adapters["smoa-r8-k2"].path, tiny.root / "file-and-link", keep)
+    config = path / "adapter_config.json"
+    shutil.move(config, tmp_path / "outside.json")
+    config.symlink_to(tmp_path / "outside.json")
+    assert_refused(tiny, path / "adapter_model.safetensors", status=403)
+    assert_refused(tiny, f"{path.name}/adapter_model.safetensors", status=403)
 
 
 def test_a_missing_folder_is_a_404(tiny: Any) -> None:

@@ -1,4 +1,6 @@
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from smoa_kernels.layout import PlainBlocks
 from smoa_kernels.partition import Block, Partition, PartitionCache, is_identity, partition_digest, sort_blocks
 from smoa_kernels.testing import random_blocks
@@ -75,3 +77,43 @@ def test_cache_builds_once_and_keeps_the_most_recent_unused():
     assert cache.acquire(b"1", lambda: build(b"1")) is first
     assert cache.acquire(b"2", lambda: build(b"2")) is not second
     assert built == [b"1", b"2", b"2"]
+
+
+block_ids = st.lists(st.integers(0, 4), min_size=1, max_size=9)
+
+
+@given(block_ids, block_ids)
+def test_any_blocks_become_rectangles_that_hold_what_shares_an_id(rows, cols):
+    row_order, col_order, blocks = sort_blocks(ids(*rows), ids(*cols))
+    assert sorted(row_order.tolist()) == list(range(len(rows)))
+    assert sorted(col_order.tolist()) == list(range(len(cols)))
+    same = torch.tensor(rows)[:, None] == torch.tensor(cols)[None, :]
+    tiled = torch.zeros(len(rows), len(cols), dtype=torch.bool)
+    end = (0, 0)
+    for block in blocks:
+        assert (block.row_start, block.col_start) == end
+        assert block.rows > 0
+        assert block.cols > 0
+        end = (block.row_end, block.col_end)
+        tiled[block.row_start : block.row_end, block.col_start : block.col_end] = True
+    assert torch.equal(same[row_order][:, col_order], tiled)
+
+
+@given(st.integers(0, 2), st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=20))
+def test_any_order_of_use_keeps_what_is_used_and_the_last_left(retain, events):
+    cache = PartitionCache(retain)
+    users, left = {}, []
+    held = {}
+    for name, coming in events:
+        if coming:
+            held[name] = cache.acquire(name.encode(), lambda name=name: partition(name.encode()))
+            users[name] = users.get(name, 0) + 1
+            left = [other for other in left if other != name]
+        elif users.get(name):
+            cache.release(held[name])
+            users[name] -= 1
+            if not users[name]:
+                left = [*left, name][-retain:] if retain else []
+        expected = {name for name, count in users.items() if count} | set(left)
+        assert {found.digest.decode() for found in cache.held} == expected
+        assert all(found.users == users.get(found.digest.decode(), 0) for found in cache.held)

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from smoa_kernels import PlanError, StepPlan
 from smoa_kernels.tokens import TokenGroup
 
@@ -100,3 +102,35 @@ def test_a_map_that_does_not_fit_is_refused_and_changes_nothing(plan, slots, mes
 def test_a_plan_without_room_is_refused(tokens, slots):
     with pytest.raises(PlanError, match="at least 1"):
         StepPlan(tokens, slots, "cpu")
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(-1, 3), max_size=8), st.booleans(), st.lists(st.integers(0, 7), max_size=3)),
+        max_size=6,
+    )
+)
+def test_any_series_of_steps_groups_tokens_as_a_dictionary_does(steps):
+    plan = StepPlan(8, 4, "cpu")
+    for drawn, merged, own in steps:
+        slots = [4 if merged and token in own else slot for token, slot in enumerate(drawn)]
+        plan.update(slots, merged=merged)
+        model = {}
+        for token, slot in enumerate(slots):
+            if 0 <= slot < 4:
+                model.setdefault(slot, []).append(token)
+        found = {group.slot: plan.token_order[group.start : group.end].tolist() for group in plan.groups}
+        assert list(found.items()) == list(model.items())
+        assert plan.active == bool(model)
+        assert plan.num_tokens == len(slots)
+        visible = [-1 if slot == 4 else slot for slot in slots]
+        assert plan.token_to_slot.tolist() == visible + [-1] * (8 - len(slots))
+        for group in plan.groups:
+            assert plan.tokens([group]).take(torch.arange(8)).tolist() == model[group.slot]
+        if merged:
+            others = [token for token, slot in enumerate(slots) if slot != 4]
+            back = plan.compensation
+            compensated = [token for group in back.groups for token in back.order[group.start : group.end].tolist()]
+            assert compensated == others
+        else:
+            assert plan.compensation is None
