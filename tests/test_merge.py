@@ -149,12 +149,12 @@ def test_lora_variants_are_refused_with_every_reason(
 ) -> None:
     base, adapter, _ = lora
     file = adapter / "adapter_config.json"
-    changes = {"use_rslora": True, "alpha_pattern": {"q_proj": 2}, "bias": "all", "lora_alpha": None}
+    changes = {"use_dora": True, "alpha_pattern": {"nowhere": 2}, "bias": "all", "lora_alpha": None}
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(AdapterError) as caught:
         load_deltas(adapter, base)
     text = " ".join(caught.value.reasons)
-    for part in ("use_rslora", "alpha_pattern", "trained biases", "lora_alpha is None"):
+    for part in ("use_dora", "trained biases", "lora_alpha is None"):
         assert part in text
 
 
