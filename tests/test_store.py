@@ -246,6 +246,7 @@ def test_lora_halves_and_broken_numbers_are_refused(store: AdapterStore, llama: 
             f"base_model.model.{Q}.lora_A.weight": torch.full((4, 128), torch.nan),
             "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 128),
         },
+        target_modules=["q_proj", "v_proj", "layers.0.mlp.up_proj"],
     )
     with pytest.raises(AdapterError) as caught:
         store.stage(lora, llama)
