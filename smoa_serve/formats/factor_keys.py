@@ -4,9 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
+from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError
 from .source import Source
 
@@ -19,6 +21,9 @@ LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))
 
 Slot = tuple[str, int]
 """(side, block): side "A" or "B"; block 0 for HiRA."""
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -85,6 +90,22 @@ def pick_adapter(source: Source, found: FactorSet, name: str | None) -> dict[str
     if len(names) > 1:
         raise AdapterError(source.name, f"this file holds {', '.join(names)}: choose one with --adapter-name")
     return found.adapters[names[0]]
+
+
+def named_as_stored(source: Source, modules: Mapping[str, T], base: BaseCheckpoint | None) -> dict[str, T]:
+    """The same under the names that the base stores its modules under: releases of transformers wrap a language model
+    in different ways. A module that the base lacks keeps its name.
+
+    Raises:
+        AdapterError: two modules of the file are one module of the base.
+    """
+    if base is None:
+        return dict(modules)
+    names = {module: base.find(module) or module for module in modules}
+    twice = [name for name, times in Counter(names.values()).items() if times > 1]
+    if twice:
+        raise AdapterError(source.name, [f"the file holds {name} twice, under several names" for name in twice])
+    return {names[module]: factors for module, factors in modules.items()}
 
 
 def foreign_reasons(source: Source, names: Iterable[str]) -> list[str]:

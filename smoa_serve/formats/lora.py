@@ -24,6 +24,7 @@ from .factor_keys import (
     Slot,
     bare_name,
     foreign_reasons,
+    named_as_stored,
     pick_adapter,
     sort_tensors,
     tensor_reasons,
@@ -128,10 +129,9 @@ def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
         )
     if reasons:
         raise AdapterError(source.name, reasons)
-    names = {module: (base.find(module) if base is not None else None) or module for module in pairs}
     return LoraFiles(
-        pairs={names[module]: scaled[module] for module in linear},
-        embeddings={names[module]: scaled[module] for module in embeddings},
+        pairs=named_as_stored(source, {module: scaled[module] for module in linear}, base),
+        embeddings=named_as_stored(source, {module: scaled[module] for module in embeddings}, base),
         rank=max(rank for rank, _ in facts.values()),
         base_model=config.base_model_name_or_path,
     )
