@@ -1,4 +1,7 @@
-"""Layers that an update cannot be added to: the base starts and answers, they are refused as targets, others serve."""
+"""Layers that an update cannot be added to: the base starts and answers, they are refused as targets, others serve.
+
+And models whose modules have other names in the checkpoint, in memory and in adapters.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -45,11 +48,16 @@ def by_transformers(model: Any, tokens: list[int]) -> list[float]:
 # --- a gate that runs in float32 -------------------------------------------------------------------------------------
 
 
+WRAPPED = "model.language_model."
+
+
 def register_gated_llama() -> None:
-    """A llama whose MLP is scaled by a float32 gate: the layer that vLLM makes routers of experts from."""
+    """A llama whose MLP is scaled by a float32 gate: the layer that vLLM makes routers of experts from. Its checkpoint
+    names the language model's modules as one of several parts."""
     from vllm import ModelRegistry
     from vllm.model_executor.layers.fused_moe import GateLinear
     from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+    from vllm.model_executor.models.utils import WeightsMapper
 
     class Layer(LlamaDecoderLayer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,20 +75,29 @@ def register_gated_llama() -> None:
             mlp.forward = gated
 
     class GatedLlamaForCausalLM(LlamaForCausalLM):
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={WRAPPED: "model."})
+
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=Layer)
+
+        def load_weights(self, weights: Any) -> Any:
+            return super().load_weights(self.hf_to_vllm_mapper.apply(weights))
 
     ModelRegistry.register_model("GatedLlamaForCausalLM", GatedLlamaForCausalLM)
 
 
 def gated_reference(base: Path) -> Any:
-    """The same in transformers, float32."""
-    from transformers import LlamaForCausalLM
+    """The same in transformers, float32, without the wrapper."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     weights = load_file(base / "model.safetensors")
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).float().eval()
+    plain = {
+        name.replace(WRAPPED, "model."): tensor.float() for name, tensor in weights.items() if ".gate." not in name
+    }
+    model.load_state_dict(plain)
     for index, layer in enumerate(model.model.layers):
-        gate = weights[f"model.layers.{index}.mlp.gate.weight"].float()
+        gate = weights[f"{WRAPPED}layers.{index}.mlp.gate.weight"].float()
         layer.mlp.register_forward_hook(
             lambda _, inputs, output, gate=gate: output * torch.sigmoid((inputs[0] @ gate.T).mean(-1, keepdim=True))
         )
@@ -93,9 +110,10 @@ def gated_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = tmp_path_factory.mktemp("gated") / "base"
     shutil.copytree(tiny_base, folder)
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = load_file(folder / "model.safetensors")
+    tensors = {name.replace("model.", WRAPPED): tensor.bfloat16() for name, tensor in weights.items()}
     for index in (0, 1):
-        tensors[f"model.layers.{index}.mlp.gate.weight"] = torch.randn(4, 64).bfloat16()
+        tensors[f"{WRAPPED}layers.{index}.mlp.gate.weight"] = torch.randn(4, 64).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["GatedLlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -136,11 +154,38 @@ def test_the_layers_beside_a_float32_gate_serve(gated: Any, gated_base: Path, ma
     model = gated_reference(gated_base)
     with torch.no_grad():
         for module, update in load_adapter(path, BaseCheckpoint.open(gated_base)).modules.items():
-            weight = model.get_submodule(module).weight
+            weight = model.get_submodule(module.replace(WRAPPED, "model.")).weight
             weight += update.dense(weight)
     tokens, logprobs = ask(gated, add(gated, 12, path))
     assert logprobs == pytest.approx(by_transformers(model, tokens), abs=0.1)
     assert tokens != ask(gated)[0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "hira"])
+def test_every_spelling_of_a_wrapped_models_modules_is_the_same_adapter(
+    gated: Any, gated_base: Path, makers: Any, tmp_path: Path, kind: str
+) -> None:
+    from smoa_serve.formats import load_adapter, write_hira
+
+    path = makers.make_adapter(
+        gated_base, tmp_path / kind, kind, (4,), seed=3, targets=("q_proj", "v_proj", "down_proj")
+    )
+    if kind == "hira":
+        path = write_hira(load_adapter(path, None), tmp_path / "as-peft")
+    config = json.loads((path / "adapter_config.json").read_text())
+    answers = [ask(gated, add(gated, 31, path))]
+    for number, spelling in enumerate(("model.", "", "language_model.model.", f"_orig_mod.{WRAPPED}"), start=32):
+        renamed = tmp_path / f"{kind}-{number}"
+        renamed.mkdir()
+        tensors = load_file(path / "adapter_model.safetensors")
+        save_file(
+            {name.replace(WRAPPED, spelling): t for name, t in tensors.items()}, renamed / "adapter_model.safetensors"
+        )
+        config["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+        (renamed / "adapter_config.json").write_text(json.dumps(config))
+        answers.append(ask(gated, add(gated, number, renamed)))
+    assert answers == answers[:1] * len(answers)
+    assert answers[0] != ask(gated)
 
 
 # --- what MLA absorbs ------------------------------------------------------------------------------------------------
