@@ -30,7 +30,20 @@ BACKBONE_PREFIXES = {
     "openai-gpt": "transformer",
 }
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|embeddings?|emb|wte|wpe|shared|relative_attention_bias)$")
+INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 OUTPUT_MODULES = {"lm_head", "embed_out", "output"}
+# Parts of a module's name that say how the language model is wrapped, which differs between releases of transformers.
+WRAPPERS = {"model", "language_model", *BACKBONE_PREFIXES.values()}
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is an embedding, by its name."""
+    return EMBEDDING.search(module) is not None
+
+
+def unwrapped(module: str) -> str:
+    """A module's name without the parts that say how the language model is wrapped."""
+    return ".".join(part for part in module.split(".") if part not in WRAPPERS)
 
 
 class BaseCheckpoint:
@@ -121,6 +134,39 @@ class BaseCheckpoint:
             elif not EMBEDDING.search(module):
                 found[f"{prefix}.{module}" if prefix else module] = stored
         return found
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the language model: a checkpoint may store more, for speculation."""
+        text = self.config.get("text_config") or self.config
+        return int(text.get("num_hidden_layers") or text.get("n_layer") or 2**31)
+
+    @cached_property
+    def _unwrapped(self) -> dict[str, list[str]]:
+        embeddings = (n.removesuffix(".weight") for n in self.tensors if n.endswith(".weight"))
+        found: dict[str, list[str]] = {}
+        for module in (*self.linear_modules, *filter(is_embedding, embeddings)):
+            found.setdefault(unwrapped(module), []).append(module)
+        return found
+
+    def find(self, module: str) -> str | None:
+        """The name here of a linear layer or embedding that a release of transformers names `module`: the same name, or
+        the only one that differs in how the language model is wrapped. None where there is no such module."""
+        names = self._unwrapped.get(unwrapped(module), [])
+        return module if module in names else names[0] if len(names) == 1 else None
+
+    def stored_copy(self, name: str) -> StoredTensor | None:
+        """The stored tensor that a parameter of the model is a copy of; a tied output layer's is the embedding."""
+        if name in self.tensors:
+            return self.tensors[name]
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in OUTPUT_MODULES and self.tied_output:
+            names = [
+                n for n in self.tensors if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$", n)
+            ]
+            return self.tensors[names[0]] if len(names) == 1 else None
+        found = self.find(module)
+        return None if found is None else self.tensors.get(f"{found}.weight")
 
     def _missing_prefix(self) -> str:
         prefix = BACKBONE_PREFIXES.get(str(self.config.get("model_type")), "model")

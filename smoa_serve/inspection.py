@@ -224,12 +224,12 @@ def _published(source: Source, options: LoadOptions, *, base_match: str | None, 
 
 def _lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions) -> AdapterReport:
     problems: list[str] = []
-    files = load_lora(source, None, options)
-    if base is not None:
-        try:
-            load_lora(source, base, options)
-        except AdapterError as error:
-            problems = error.reasons
+    try:
+        files = load_lora(source, base, options)
+    except AdapterError as error:
+        if base is None:
+            raise
+        problems, files = error.reasons, load_lora(source, None, options)
     tensors = files.tensors.values()
     return AdapterReport(
         path=source.name,

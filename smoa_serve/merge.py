@@ -29,7 +29,6 @@ DEFAULT = LoadOptions()
 SHARD_BYTES = 512 * 2**20  # what is held in memory at once, unless a single tensor is larger
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
 # LoRA settings that give another formula than W + alpha / r * B A.
-LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 
 Delta = Callable[[Tensor], Tensor]
 """Weight [H_out, H_in] → its update [H_out, H_in], float32."""
@@ -78,7 +77,7 @@ def load_deltas(
     if kind_of(source.name, source.config) is AdapterKind.LORA:
         files = load_lora(source, base, options)
         record = MergedAdapter.of(source, AdapterKind.LORA, files.digest)
-        return Deltas(_lora_deltas(source, files, base), record)
+        return Deltas(_lora_deltas(source, files), record)
     adapter = load_adapter(path, base, options, progress=progress)
     record = MergedAdapter.of(source, adapter.kind, adapter.digest)
     return Deltas({name: update.dense for name, update in adapter.modules.items()}, record)
@@ -133,26 +132,15 @@ def merge(
     return Merged(Path(out), lost)
 
 
-def _lora_deltas(source: Source, files: LoraFiles, base: BaseCheckpoint) -> dict[str, Delta]:
-    config = files.config
-    reasons = [f"LoRA with {key} cannot be merged here; use peft" for key in LORA_VARIANTS if config.get(key)]
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        reasons.append("LoRA with trained biases cannot be merged here; use peft")
-    alpha, rank = config.get("lora_alpha"), config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        reasons.append(f"lora_alpha is {alpha!r} and r is {rank!r}, expected numbers")
-    factors = files.factors()
-    reasons += [base.why_not_linear(name) for name in factors if name not in base.linear_modules]
-    odd = sorted(name for name in files.tensors if ".lora_A." not in name and ".lora_B." not in name)
-    reasons += [f"{name} is no factor of a linear layer" for name in odd]
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    scale = float(str(alpha)) / int(str(rank))
+def _lora_deltas(source: Source, files: LoraFiles) -> dict[str, Delta]:
+    if files.embeddings:
+        names = ", ".join(files.embeddings)
+        raise AdapterError(source.name, f"embeddings ({names}) cannot be merged here; use peft")
 
     def delta_of(a: Tensor, b: Tensor) -> Delta:
-        return lambda weight: scale * (b.float() @ a.float())
+        return lambda weight: b.float() @ a.float()
 
-    return {name: delta_of(a, b) for name, (a, b) in factors.items()}
+    return {name: delta_of(a, b) for name, (a, b) in files.pairs.items()}
 
 
 def _write_tensors(

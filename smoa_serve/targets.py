@@ -1,9 +1,9 @@
 """`target_modules` and its companions → module names, by the rules of the published code and of PEFT."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from .patterns import MatchTime, Pattern, PatternError
+from .patterns import MatchTime, Pattern
 
 LAYER_LISTS = ("layers", "h", "block", "blocks")  # where a layer index is looked for when no pattern is given
 
@@ -75,29 +75,6 @@ def name_ends(module: str) -> list[str]:
     """A module's name, and all its ends after a dot."""
     parts = module.split(".")
     return [".".join(parts[first:]) for first in range(len(parts))]
-
-
-def key_reasons(patterns: Mapping[str, Iterable[str]], modules: Iterable[str]) -> list[str]:
-    """Why keys of PEFT's `rank_pattern` and its like cannot be matched against modules, as PEFT and vLLM do it.
-
-    Args:
-        patterns: setting -> its keys.
-        modules: names without the model prefix.
-    """
-    names = list(modules)
-    time_left = MatchTime()
-    reasons = []
-    for setting, keys in patterns.items():
-        for key in keys:
-            try:
-                pattern = Pattern(rf"(.*\.)?({key})$", time_left)
-                for name in names:
-                    pattern.match(name)
-            except PatternError as error:
-                reasons.append(f"{setting}: {error}")
-                if time_left.left_s <= 0:
-                    return reasons
-    return reasons
 
 
 def layer_index(module: str, patterns: Sequence[str] = LAYER_LISTS) -> int | None:

@@ -92,7 +92,9 @@ def test_hira_and_lora_are_told_by_their_own_formats(published: Path, llama: Bas
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     tensors = {f"{name}A.weight": torch.zeros(2, 128), f"{name}B.weight": torch.zeros(128, 2)}
     save_file(tensors, lora / "adapter_model.safetensors")
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    (lora / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["layers.0.self_attn.q_proj"]}'
+    )
     report = inspect_adapter(lora, llama)
     assert (report.format, report.rank, report.parameters, report.base_match) == ("lora", 2, 512, "shapes")
     assert verify_adapter(lora, llama).layers == 1

@@ -213,7 +213,8 @@ def lora(llama: BaseCheckpoint, tmp_path: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama.path)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(tmp_path / "lora")
     return tmp_path / "lora"
 
@@ -225,12 +226,17 @@ def _change(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **conf
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def test_lora_is_copied_as_it_is_and_never_as_a_pickle(store: AdapterStore, llama: BaseCheckpoint, lora: Path) -> None:
+def test_lora_is_copied_with_its_scale_and_never_as_a_pickle(
+    store: AdapterStore, llama: BaseCheckpoint, lora: Path
+) -> None:
     staged = store.stage(lora, llama)
     assert (staged.kind, staged.rank, staged.max_rank, staged.order) == (AdapterKind.LORA, 4, 4, None)
-    state = load_file(staged.path / "adapter_model.safetensors")
+    state = load_file(lora / "adapter_model.safetensors")
     assert staged.parameters == sum(t.numel() for t in state.values())
-    assert json.loads((staged.path / "adapter_config.json").read_text())["lora_alpha"] == 8
+    config = json.loads((staged.path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    for name, tensor in load_file(staged.path / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, state[name] * (2 if ".lora_B." in name else 1))
     assert store.stage(staged.path, llama) == staged
     (lora / "adapter_model.safetensors").unlink()
     torch.save(state, lora / "adapter_model.bin")
@@ -288,6 +294,7 @@ def test_lora_halves_and_broken_numbers_are_refused(store: AdapterStore, llama: 
             f"base_model.model.{Q}.lora_A.weight": torch.full((4, 128), torch.nan),
             "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 128),
         },
+        target_modules=["q_proj", "v_proj", "layers.0.mlp.up_proj"],
     )
     with pytest.raises(AdapterError) as caught:
         store.stage(lora, llama)

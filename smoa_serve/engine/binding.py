@@ -1,8 +1,15 @@
 """An adapter's modules against the layers that vLLM wrapped on this rank."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+from vllm.lora.layers import LogitsProcessorWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+
 from smoa_serve.adapter import Adapter, ModuleUpdate
+from smoa_serve.base_checkpoint import unwrapped
 from smoa_serve.engine.layers import SmoaLayerWeights, SmoaLinearMixin
 from smoa_serve.errors import AdapterError
 
@@ -23,20 +30,19 @@ def bind_modules(manager: Any, adapter: Adapter, source: str) -> dict[str, SmoaL
     """
     if manager.smoa_refusal is not None:
         raise AdapterError(source, manager.smoa_refusal)
-    rename = _renamer(manager.model)
-    packed = {part: (name, i) for name, parts in manager.packed_modules.items() for i, part in enumerate(parts)}
+    rename, places = module_renamer(manager.model), Places(manager)
     reasons: list[str] = []
     unfit: dict[str, list[str]] = {}  # reason -> modules: one cause often holds for all layers
     slices: dict[str, dict[int, ModuleUpdate]] = {}
     for module, update in adapter.modules.items():
         name = rename(module)
-        layer_name, index = packed.get(name, (name, 0))
-        layer = manager.modules.get(layer_name)
-        if layer is None:
+        place = places.find(name)
+        if place is None:
             if not _elsewhere(manager, name):
                 reasons.append(f"{module} is no linear layer that this engine serves adapters on")
             continue
-        for reason in _unfit(layer, index, len(manager.packed_modules.get(layer_name, [0])), update):
+        layer_name, index = place
+        for reason in _unfit(manager, layer_name, index, update):
             unfit.setdefault(reason, []).append(module)
         slices.setdefault(layer_name, {})[index] = update
     for reason, modules in unfit.items():
@@ -53,16 +59,117 @@ def bind_modules(manager: Any, adapter: Adapter, source: str) -> dict[str, SmoaL
     }
 
 
-def _renamer(model: Any) -> Any:
-    """Hugging Face module name -> vLLM module name, by the model's own weights mapper."""
+class Places:
+    """Where the layers of this rank are, by the name of a module.
+
+    Args:
+        manager: the `SmoaModelManager` of this rank.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        packed = manager.packed_modules
+        self._places = {name: (name, 0) for name in manager.modules} | {
+            part: (name, i) for name, parts in packed.items() for i, part in enumerate(parts)
+        }
+        self._unwrapped: dict[str, list[str]] = {}
+        for name in self._places:
+            self._unwrapped.setdefault(unwrapped(name), []).append(name)
+
+    def known_as(self, name: str) -> str | None:
+        """The name here of a module: its own, or the only one that differs in how the language model is wrapped."""
+        names = self._unwrapped.get(unwrapped(name), [])
+        return name if name in self._places else names[0] if len(names) == 1 else None
+
+    def find(self, name: str) -> tuple[str, int] | None:
+        """The wrapped layer and the packed slice of a module, named as vLLM does; None where it is not here."""
+        known = self.known_as(name)
+        return None if known is None else self._places[known]
+
+
+def check_lora_names(manager: Any, names: Iterable[str], source: str) -> None:
+    """Refuse a LoRA adapter with factors that vLLM would refuse as a whole, or leave out in silence.
+
+    Args:
+        manager: the `SmoaModelManager` of this rank.
+        names: modules, named as vLLM does.
+        source: path for messages.
+
+    Raises:
+        AdapterError: every reason.
+    """
+    places = Places(manager)
+    reasons = []
+    for name in dict.fromkeys(name.removesuffix(".base_layer") for name in names):
+        place = places.find(name)
+        if place is None:
+            if not _elsewhere(manager, name):
+                reasons.append(f"{name} is no layer that this engine serves adapters on")
+        elif isinstance(manager.modules[place[0]], LogitsProcessorWithLoRA):
+            reasons.append(f"{name} is the output head; adapters on it are not supported")
+        elif place[0] in manager.absorbed:
+            reasons.append(f"{name}: {manager.unattached[place[0]]}")
+    if reasons:
+        raise AdapterError(source, reasons)
+
+
+def check_lora_factors(manager: Any, lora: LoRAModel, source: str) -> None:
+    """Give the modules of a LoRA adapter the names of their layers, and refuse factors that vLLM would cut to size or
+    that are not finite as served.
+
+    Args:
+        manager: the `SmoaModelManager` of this rank.
+        lora: as vLLM read it, not packed yet; its names may change.
+        source: path for messages.
+
+    Raises:
+        AdapterError: every reason.
+    """
+    places = Places(manager)
+    reasons = []
+    for name, weights in list(lora.loras.items()):
+        a, b = weights.lora_a, weights.lora_b
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            reasons.append(f"{name}: its factors are not finite in {str(b.dtype).removeprefix('torch.')}")
+        known = places.known_as(name)
+        if known is None:
+            continue
+        layer_name, index = places.find(name) or (known, 0)
+        shape = _lora_shape(manager, layer_name, index)
+        if shape is not None and (int(b.shape[0]), int(a.shape[1])) != shape:
+            reasons.append(f"{name}: the update is {b.shape[0]}x{a.shape[1]}, the layer is {shape[0]}x{shape[1]}")
+        if known != name:
+            lora.loras[known] = lora.loras.pop(name)
+    if reasons:
+        raise AdapterError(source, reasons)
+
+
+def _lora_shape(manager: Any, layer_name: str, index: int) -> tuple[int, int] | None:
+    """(H_out, H_in) of a slice; None where a layer's slices are no modules of their own, or heads are replicated."""
+    layer = manager.modules[layer_name]
+    if not isinstance(layer, BaseLinearLayerWithLoRA):
+        return None
+    if len(manager.packed_modules.get(layer_name, [0])) != layer.n_slices:
+        return None
+    if layer.n_slices == 1 and getattr(layer.base_layer, "num_kv_head_replicas", 1) > 1:
+        return None
+    return full_shape(layer, index)
+
+
+def rename_mapper(model: Any) -> Any:
+    """The model's weights mapper with its renames alone, not the stacking of q/k/v; None where names stay."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return lambda name: name
-    # 0.29 and later, 0.28, before: only the renames, not the stacking of q/k/v.
+    # 0.29 and later, 0.28.
     for method in ("get_rename_mapper", "get_unstacked_mapper"):
         if hasattr(mapper, method):
-            mapper = getattr(mapper, method)()
-            break
+            return getattr(mapper, method)()
+    return mapper
+
+
+def module_renamer(model: Any) -> Callable[[str], str]:
+    """Hugging Face module name -> vLLM module name, by the model's own weights mapper."""
+    mapper = rename_mapper(model)
+    if mapper is None:
+        return lambda name: name
 
     def rename(name: str) -> str:
         mapped = mapper._map_name(f"{name}.weight")
@@ -82,7 +189,10 @@ def _elsewhere(manager: Any, name: str) -> bool:
     return name.rsplit(".", 1)[-1] in known
 
 
-def _unfit(layer: Any, index: int, packed_parts: int, update: ModuleUpdate) -> list[str]:
+def _unfit(manager: Any, layer_name: str, index: int, update: ModuleUpdate) -> list[str]:
+    layer, packed_parts = manager.modules[layer_name], len(manager.packed_modules.get(layer_name, [0]))
+    if layer_name in manager.unattached:
+        return [manager.unattached[layer_name]]
     if not isinstance(layer, SmoaLinearMixin):
         return [f"vLLM wraps it as {type(layer).__name__}, which takes LoRA only"]
     if packed_parts != layer.n_slices:  # type: ignore[attr-defined]

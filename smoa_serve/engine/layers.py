@@ -12,7 +12,8 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.lora.layers.replicated_linear import ReplicatedLinearWithLoRA
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from smoa_serve.adapter import ModuleUpdate
@@ -143,6 +144,24 @@ def slice_sizes(layer: BaseLinearLayerWithLoRA) -> tuple[int, ...]:
     return tuple(int(stacked.shape[2]) for stacked in layer.lora_b_stacked)
 
 
+def dtype_refusal(layer: BaseLinearLayerWithLoRA, dtype: torch.dtype) -> str | None:
+    """Why no delta can be added to the layer's output: routers of experts often run in float32. None: it can.
+
+    Args:
+        layer: vLLM's wrapper.
+        dtype: of the model.
+    """
+    base = layer.base_layer
+    output = getattr(base, "out_dtype", None) or getattr(base, "params_dtype", None) or dtype
+    if output == dtype:
+        return None
+    return f"its output is {_name(output)} where the model runs in {_name(dtype)}; SMoA and HiRA cannot be added to it"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def attach(
     layer: BaseLinearLayerWithLoRA,
     module_name: str,
@@ -202,8 +221,10 @@ def can_be_opaque(layer: Any) -> bool:
 
 def _has_own_forward(layer: Any) -> bool:
     """Whether vLLM calls the base layer's own forward instead of its matrix product."""
-    return isinstance(layer, MergedColumnParallelLinearWithLoRA) and (
-        getattr(type(layer.base_layer), "forward", None) is not ColumnParallelLinear.forward
+    wrapped = {MergedColumnParallelLinearWithLoRA: ColumnParallelLinear, ReplicatedLinearWithLoRA: ReplicatedLinear}
+    return any(
+        isinstance(layer, wrapper) and getattr(type(layer.base_layer), "forward", None) is not plain.forward
+        for wrapper, plain in wrapped.items()
     )
 
 

@@ -1,6 +1,7 @@
 """Slots and per-step maps: vLLM's LoRA manager, taught about SMoA adapters."""
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, LoRAMappingType, Vo
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
+from vllm.model_executor.models import supports_multimodal
 from vllm.utils.platform_utils import is_pin_memory_available
 
 from smoa_serve.adapter import Adapter, ModuleUpdate
 from smoa_serve.engine import compiling, layers, logits, quantized
-from smoa_serve.engine.binding import bind_modules
+from smoa_serve.engine.binding import bind_modules, check_lora_factors
 from smoa_serve.engine.freeing import SmoaModel
 from smoa_serve.engine.merging import WeightChecksumError
 from smoa_serve.engine.moving import MovingManager
@@ -31,6 +32,8 @@ class SmoaModelManager(MovingManager):
     Attributes:
         plan: which tokens of the current step use which SMoA slot.
         smoa_refusal: why this engine serves no SMoA adapters at all; None when it does.
+        unattached: layer -> why it takes no SMoA adapters though vLLM wraps it.
+        absorbed: layers whose update would be lost, whatever adds it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,6 +48,8 @@ class SmoaModelManager(MovingManager):
         self._pipeline_size = vllm_config.parallel_config.pipeline_parallel_size
         self._model_dtype: torch.dtype = vllm_config.model_config.dtype
         self.smoa_refusal = self._refusal(vllm_config)
+        self.unattached: dict[str, str] = {}
+        self.absorbed: set[str] = set()
         self._whole = Settings.from_environment().one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
@@ -57,6 +62,8 @@ class SmoaModelManager(MovingManager):
                 "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
                 "SMOA_CUDA_GRAPHS=1 to try them"
             )
+        if vllm_config.model_config.is_encoder_decoder:
+            return "the encoder's tokens have no adapters of their own in this encoder-decoder model"
         if self.lora_config.fully_sharded_loras:
             return "--fully-sharded-loras cuts factors along the rank; start the server without it"
         if self.lora_config.lora_dtype not in (None, self._model_dtype):
@@ -68,31 +75,68 @@ class SmoaModelManager(MovingManager):
 
     def register_module(self, module_name: str, module: BaseLayerWithLoRA) -> None:
         """Called by vLLM for every layer it wrapped."""
+        reason = self._unattachable(module_name, module)
         if isinstance(module, LogitsProcessorWithLoRA):
             logits.leave_out(module)
         elif self.device.type == "cpu":
-            self._register_cpu_module(module_name, module)
-        if self.smoa_refusal is None and isinstance(module, BaseLinearLayerWithLoRA) and self._is_language(module_name):
+            self._register_cpu_module(module_name, module, attached=reason is None)
+        if reason is None:
             layers.attach(
                 module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured, self._whole
             )
             self._static_context[layers.layer_key(module_name)] = module
+        else:
+            self.unattached[module_name] = reason
         super().register_module(module_name, module)
 
-    def _register_cpu_module(self, module_name: str, module: BaseLayerWithLoRA) -> None:
+    def _unattachable(self, module_name: str, module: BaseLayerWithLoRA) -> str | None:
+        """Why a layer takes no SMoA and HiRA adapters; None when it does."""
+        if self._is_absorbed(module_name):
+            self.absorbed.add(module_name)
+            return "MLA multiplies it into the attention when the model is loaded, so an update of it would be lost"
+        if self.smoa_refusal is not None:
+            return self.smoa_refusal
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            return f"vLLM wraps it as {type(module).__name__}, which takes LoRA only"
+        if not self._is_language(module_name):
+            return "it belongs to a tower or connector, whose tokens are not the language model's"
+        return layers.dtype_refusal(module, self._model_dtype)
+
+    def _is_absorbed(self, module_name: str) -> bool:
+        """Whether the attention beside the layer works on matrices made from its weight."""
+        parent, _, name = module_name.rpartition(".")
+        if name != "kv_b_proj":
+            return False
+        around = self.model.get_submodule(parent).modules()
+        return any(cls.__name__ == "MLAAttention" for module in around for cls in type(module).__mro__)
+
+    def _register_cpu_module(self, module_name: str, module: BaseLayerWithLoRA, *, attached: bool) -> None:
         if hasattr(module, "lora_b_stacked"):
             layers.add_empty_slot(module)
         if isinstance(module, VocabParallelEmbeddingWithLoRA):
             compiling.make_opaque(module, layers.layer_key(module_name))
             self._static_context[layers.layer_key(module_name)] = module
-        elif not layers.can_be_opaque(module) or not self._is_language(module_name):
+        elif not (attached and layers.can_be_opaque(module)):
             compiling.forbid_compilation(self.model)
 
     def _is_language(self, module_name: str) -> bool:
         """Whether the layer sees the language model's tokens: towers and connectors have token maps of their own."""
+        if not self.supports_mm:
+            return self._language_prefix is not None and module_name.startswith(self._language_prefix)
         wrapper = self._get_punica_wrapper(module_name)
-        key = self.mm_mapping.language_model[0] if self.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
-        return wrapper is self.punica_wrapper_mapping[key]
+        return wrapper is self.punica_wrapper_mapping[self.mm_mapping.language_model[0]]
+
+    @cached_property
+    def _language_prefix(self) -> str | None:
+        """How the language model's modules begin where vLLM knows no token maps; None where it does not tell either."""
+        if not supports_multimodal(self.model):
+            return ""
+        try:
+            language = self.model.get_language_model()
+        except NotImplementedError:
+            return None
+        names = [f"{name}." if name else "" for name, module in self.model.named_modules() if module is language]
+        return names[0] if names else None
 
     def make_model(self, adapter: Adapter, lora_id: int, source: str) -> SmoaModel:
         """Bind an adapter's modules to this rank's layers; in pinned memory, where a device copies from it.
@@ -112,15 +156,12 @@ class SmoaModelManager(MovingManager):
         return model
 
     def check_lora(self, lora: LoRAModel, source: str) -> None:
-        """Refuse what vLLM's LoRA path cannot serve exactly here, or would bind in part.
+        """Refuse what vLLM's LoRA path would not serve exactly here.
 
         Raises:
             AdapterError: every reason.
         """
-        heads = [name for name in lora.loras if isinstance(self.modules.get(name), LogitsProcessorWithLoRA)]
-        reasons = [f"{name} is the output head; adapters on it are not supported" for name in heads]
-        if reasons:
-            raise AdapterError(source, reasons)
+        check_lora_factors(self, lora, source)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         self._content_version += 1

@@ -4,22 +4,27 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors import safe_open
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from smoa_serve import heap
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.engine.binding import check_lora_names, rename_mapper
 from smoa_serve.engine.model_manager import SmoaModelManager
 from smoa_serve.errors import AdapterError, reasons_of
 from smoa_serve.formats import LoadOptions, load_adapter
+from smoa_serve.formats.source import WEIGHTS_NAME
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
@@ -66,14 +71,34 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         staged = self._private_copy(lora_request)
         if staged.kind is AdapterKind.LORA:
-            lora = super()._load_adapter(msgspec.structs.replace(lora_request, lora_path=str(staged.path)))
-            self._adapter_manager.check_lora(lora, staged.source)
+            lora = self._load_lora(lora_request, staged)
         else:
             # The copy was checked against the base when it was made; reading it again needs no base.
             adapter = load_adapter(staged.path, None)
             lora = self._adapter_manager.make_model(adapter, lora_request.lora_int_id, staged.source)
         lora.smoa_copy = _Copy(lora_request.lora_path, staged)
         return lora
+
+    def _load_lora(self, lora_request: LoRARequest, staged: StagedAdapter) -> LoRAModel:
+        """By vLLM's own loader, once it is clear that every factor has a layer to go to.
+
+        Raises:
+            AdapterError: every reason why this engine cannot serve it.
+        """
+        try:
+            check_lora_names(self._adapter_manager, self._module_names(staged.path), staged.source)
+            lora = super()._load_adapter(msgspec.structs.replace(lora_request, lora_path=str(staged.path)))
+        except (ValueError, AssertionError, TypeError) as error:
+            reason = str(error).replace(str(staged.path), staged.source)
+            raise AdapterError(staged.source, f"vLLM cannot serve it: {reason}") from error
+        self._adapter_manager.check_lora(lora, staged.source)
+        return lora
+
+    def _module_names(self, copy: Path) -> list[str]:
+        """The modules of a LoRA adapter, named as vLLM does."""
+        mapper = rename_mapper(self._adapter_manager.model)
+        with safe_open(copy / WEIGHTS_NAME, framework="pt") as file:
+            return [parse_fine_tuned_lora_name(key, mapper)[0] for key in file.keys()]  # noqa: SIM118
 
     def _private_copy(self, request: LoRARequest) -> StagedAdapter:
         """The store's entry for a request. An adapter that was accepted once is read from its source again only when

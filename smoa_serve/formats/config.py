@@ -98,6 +98,13 @@ class HiraConfig(AdapterConfig):
     rank_pattern: dict[str, Count] | None = None
     exclude_modules: Names | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_something(cls, data: dict[str, object]) -> dict[str, object]:
+        if data.get("target_modules") in ([], ""):
+            raise ValueError("target_modules names nothing, so PEFT would adapt nothing")
+        return data
+
 
 class FingerprintEntry(BaseModel):
     """A base weight's identity in a portable configuration."""

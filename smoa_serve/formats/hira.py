@@ -12,7 +12,15 @@ from ..base_checkpoint import BaseCheckpoint
 from ..errors import AdapterError
 from .canonical import Factors
 from .config import HiraConfig, parse_config
-from .factor_keys import HIRA_KEY, PREFIX, foreign_reasons, pick_adapter, sort_tensors, tensor_reasons
+from .factor_keys import (
+    HIRA_KEY,
+    PREFIX,
+    foreign_reasons,
+    named_as_stored,
+    pick_adapter,
+    sort_tensors,
+    tensor_reasons,
+)
 from .options import LoadOptions
 from .source import CONFIG_NAME, WEIGHTS_NAME, Source
 from .target_check import target_reasons
@@ -31,7 +39,7 @@ def load_hira(source: Source, base: BaseCheckpoint | None, options: LoadOptions)
     """
     config = parse_config(HiraConfig, source.name, source.config)
     found = sort_tensors(source.read(options), HIRA_KEY)
-    modules = pick_adapter(source, found, options.adapter_name)
+    modules = named_as_stored(source, pick_adapter(source, found, options.adapter_name), base)
     reasons = foreign_reasons(source, found.others)
     if not modules:
         raise AdapterError(source.name, reasons or "the file holds no HiRA factors, nothing would be bound")

@@ -15,7 +15,7 @@ from ..spectral import SpectralOrder
 from ..stored_tensors import tensor_bytes
 from .canonical import Factors, branch_ranks, canonical_update, factor_reasons
 from .config import PublishedConfig, parse_config
-from .factor_keys import SMOA_KEY, foreign_reasons, pick_adapter, sort_tensors
+from .factor_keys import SMOA_KEY, foreign_reasons, named_as_stored, pick_adapter, sort_tensors
 from .options import LoadOptions, limit_reasons
 from .source import Source
 from .target_check import target_reasons
@@ -39,7 +39,7 @@ def load_published(
     """
     config = parse_config(PublishedConfig, source.name, source.config)
     found = sort_tensors(source.read(options), SMOA_KEY)
-    modules = pick_adapter(source, found, options.adapter_name)
+    modules = named_as_stored(source, pick_adapter(source, found, options.adapter_name), base)
     ranks = _checked_ranks(source, config, modules, found.others, base, options)
     total = sum(ranks)
     scaling = config.lora_alpha / total if total else 1.0

@@ -7,7 +7,7 @@ statistics) is thereby keyed by content.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smoa_serve.store import StagedAdapter
 
@@ -68,3 +68,16 @@ def name_reason(name: str) -> str | None:
             "beginning with a letter or digit"
         )
     return None
+
+
+def default_mm_reason(lora_config: Any) -> str | None:
+    """Why vLLM's adapters by modality cannot be served; None where none are configured. vLLM looks for an adapter whose
+    engine name is the modality, finds none, and would answer with the base model.
+
+    Args:
+        lora_config: vLLM's.
+    """
+    if lora_config is None or not lora_config.default_mm_loras:
+        return None
+    names = ", ".join(sorted(lora_config.default_mm_loras))
+    return f"--default-mm-loras ({names}) is not supported: name these adapters in --lora-modules and let requests ask"

@@ -34,7 +34,7 @@ from smoa_serve.http.engine_calls import answered, ask_workers, bring_in
 from smoa_serve.http.ladder import Ladder, forget_metrics, step_of
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.private_copies import PrivateCopies
-from smoa_serve.http.revisions import Revision, engine_name, name_reason, visible_name
+from smoa_serve.http.revisions import Revision, default_mm_reason, engine_name, name_reason, visible_name
 from smoa_serve.log_sharing import share_logging
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
@@ -100,7 +100,11 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         Raises:
             CompatibilityError: a worker runs without the plugin.
             AdapterError: an adapter was refused.
+            ConfigError: adapters by modality, or a name twice.
         """
+        reason = default_mm_reason(self.engine_client.vllm_config.lora_config)
+        if reason is not None:
+            raise ConfigError(reason)
         await self._check_workers()
         if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
             # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager

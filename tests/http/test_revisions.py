@@ -40,3 +40,15 @@ def test_names_that_cannot_be_served_are_explained(name: str) -> None:
 @pytest.mark.parametrize("name", ["legal", "team/legal:v2", "org.legal-v2_1"])
 def test_good_names(name: str) -> None:
     assert name_reason(name) is None
+
+
+def test_adapters_by_modality_are_refused_rather_than_left_out() -> None:
+    from vllm.config.lora import LoRAConfig
+
+    from smoa_serve.http.revisions import default_mm_reason
+
+    assert default_mm_reason(None) is None
+    assert default_mm_reason(LoRAConfig()) is None
+    reason = default_mm_reason(LoRAConfig(default_mm_loras={"image": "/a", "audio": "/b"}))
+    assert reason is not None
+    assert "--default-mm-loras (audio, image) is not supported" in reason
