@@ -6,6 +6,14 @@ one round of repairs is enough.
 
 from collections.abc import Sequence
 
+SHOWN_CHARACTERS = 200
+
+
+def shown(text: str) -> str:
+    """What a user sent, quoted for a message: `repr`, which escapes what cannot be encoded, of at most a few lines."""
+    more = f"… ({len(text)} characters)" if len(text) > SHOWN_CHARACTERS else ""
+    return repr(text[:SHOWN_CHARACTERS]) + more
+
 
 class SmoaError(Exception):
     """Base of all errors of this project. `str(error)` is fit to be shown to a user."""
@@ -56,6 +64,10 @@ class MoveRefusedError(AdapterError):
 
 class MergeLossError(SmoaError):
     """Rounding would remove more of an update than is allowed."""
+
+
+class SeveralProcessesError(SmoaError):
+    """Several API server processes share the engine, and one was asked for a change that the others would not see."""
 
 
 class EngineGoneError(SmoaError):

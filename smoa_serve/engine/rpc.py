@@ -55,6 +55,18 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     }
 
 
+def smoa_refusals(worker: Any, lora_int_id: int) -> dict[str, Any]:
+    """Why this worker refused an adapter, which is then forgotten.
+
+    Returns:
+        reasons: every one, a sentence each; none when it did not refuse it.
+    """
+    if worker.lora_config is None:
+        return {"reasons": ["adapters are not enabled; start the server with --enable-lora"]}
+    refusals: dict[int, list[str]] = getattr(worker.model_runner.lora_manager, "refusals", {})
+    return {"reasons": refusals.pop(lora_int_id, [])}
+
+
 def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> dict[str, Any]:
     """Work for about `budget_s` towards an adapter being merged or resident. Called again and again between steps, so
     that no running request waits for longer.

@@ -13,13 +13,20 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from smoa_serve.adapter import AdapterKind
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.engine.model_manager import SmoaModelManager
+from smoa_serve.errors import AdapterError
 from smoa_serve.formats import LoadOptions, load_adapter
 from smoa_serve.settings import Settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
+REMEMBERED = 32  # refusals that nobody asks for, as in offline use
+
 
 class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
-    """The worker's adapter caches: host memory and slots."""
+    """The worker's adapter caches: host memory and slots.
+
+    Attributes:
+        refusals: lora_int_id -> every reason why it could not be loaded, until somebody asks; the last few.
+    """
 
     _manager_cls = SmoaModelManager
     _adapter_manager: SmoaModelManager
@@ -36,6 +43,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         self._settings = Settings.from_environment()
         self._store = AdapterStore()
         self._copies: dict[int, tuple[str, Path]] = {}
+        self.refusals: dict[int, list[str]] = {}
 
     @cached_property
     def _base(self) -> BaseCheckpoint:
@@ -77,8 +85,19 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         path, _ = self._copies.get(lora_request.lora_int_id, (lora_request.lora_path, None))
         if path != lora_request.lora_path:
             lora_request = msgspec.structs.replace(lora_request, load_inplace=True)
-        loaded: bool = super().add_adapter(lora_request)
+        try:
+            loaded: bool = super().add_adapter(lora_request)
+        except Exception as error:
+            self._remember(lora_request.lora_int_id, error)
+            raise
         return loaded
+
+    def _remember(self, lora_int_id: int, error: Exception) -> None:
+        """Keep why an adapter was refused: on its way to the API server the error becomes one text of vLLM's."""
+        reasons = error.reasons if isinstance(error, AdapterError) else [f"vLLM refused it: {error}"]
+        self.refusals[lora_int_id] = reasons
+        while len(self.refusals) > REMEMBERED:
+            del self.refusals[next(iter(self.refusals))]
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         self._adapter_manager.touch_active({request.lora_int_id for request in lora_requests if request})

@@ -1,5 +1,6 @@
 """How many requests each adapter revision got, counted where every request enters the engine."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,9 @@ _ATTRIBUTE = "smoa_requests"
 
 def count_requests(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A wrapper of `AsyncLLM.add_request`: counts the request under its adapter's engine name, then goes on."""
-    lora = kwargs.get("lora_request")
-    if lora is None:
-        # A rendered request carries its adapter itself.
-        lora = next((getattr(value, "lora_request", None) for value in (*args, kwargs.get("prompt"))), None)
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    # A rendered request carries its adapter itself, and vLLM then goes by that one.
+    lora = getattr(given["prompt"], "lora_request", given.get("lora_request"))
     if lora is not None:
         served(engine)[lora.lora_name] += 1
     return wrapped(*args, **kwargs)

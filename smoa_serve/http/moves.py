@@ -1,15 +1,16 @@
 """Routes that move adapters up and down the ladder of residence."""
 
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
+from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError, SeveralProcessesError
 from smoa_serve.http import parity
+from smoa_serve.http.engine_calls import check_one_process
 from smoa_serve.http.ladder import Ladder, Move
-from smoa_serve.http.revisions import Revision
+from smoa_serve.http.revisions import Revision, Target
 from smoa_serve.merge_policy import MergePolicy
 
 router = APIRouter(prefix="/v1/smoa")
@@ -46,7 +47,7 @@ class MoveReport(BaseModel):
 async def move(
     raw_request: Request,
     name: str,
-    target: Literal["merge", "unmerge", "resident", "slot", "pin", "unpin"],
+    target: Target,
     options: MergeRequest | None = None,
 ) -> Any:
     """Merge, un-merge, keep resident, back to the slot. What is moved by hand stays there: the automatic policy is kept
@@ -54,12 +55,15 @@ async def move(
     state = raw_request.app.state
     ladder: Ladder = state.smoa_ladder
     try:
+        check_one_process(state.engine_client, "adapters stay where they are")
         revision = _revision(state.openai_serving_models.revisions, name)
         report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     except AdapterNotFoundError as error:
         return refused(error, 404)
     except MoveRefusedError as error:
         return refused(error, 409)
+    except SeveralProcessesError as error:
+        return refused(error, 501)
     (ladder.pinned.discard if target == "unpin" else ladder.pinned.add)(name)
     return report
 
