@@ -209,7 +209,7 @@ def test_what_cannot_be_served_is_refused() -> None:
 def test_the_plugin_reads_what_the_command_sets(tmp_path: Path) -> None:
     settings = ServeSettings(model="m", adapters_root=(tmp_path,), allow_pickle=True, strict_order=True)
     environment = vllm_command(settings, [], {"SMOA_ADAPTER_ROOTS": "/elsewhere"}).environment
-    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     read = Settings.from_environment(environment)
     assert read.adapter_roots == (tmp_path.resolve(), Path("/elsewhere"))
     assert (read.allow_pickle, read.strict_order, read.allow_hub, read.required) == (True, True, False, True)

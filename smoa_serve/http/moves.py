@@ -64,6 +64,7 @@ async def move(
         return refused(error, 409)
     except SeveralProcessesError as error:
         return refused(error, 501)
+    state.openai_serving_models.residence.note(revision.lora_int_id, report.step)
     (ladder.pinned.discard if target == "unpin" else ladder.pinned.add)(name)
     return report
 

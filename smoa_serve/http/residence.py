@@ -37,6 +37,10 @@ class KnownResidence:
             await asyncio.wait({self._asking}, timeout=WAIT_S)
         return self._steps
 
+    def note(self, lora_int_id: int, step: str) -> None:
+        """Take over where a move brought an adapter."""
+        self._steps = {**self._steps, lora_int_id: step}
+
     async def _ask(self) -> None:
         numbers = [revision.lora_int_id for revision in self._revisions.values()]
         with suppress(EngineGoneError):  # which vLLM reports itself

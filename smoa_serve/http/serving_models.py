@@ -68,9 +68,11 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     Attributes:
         revisions: name -> the current revision.
+        residence: where they are, as far as is known.
     """
 
     revisions: dict[str, Revision]
+    residence: KnownResidence
 
     def begin(self) -> None:
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
@@ -79,7 +81,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers: dict[str, int] = {}
-        self._residence = KnownResidence(self.engine_client, self.revisions)
+        self.residence = KnownResidence(self.engine_client, self.revisions)
         self.lora_resolver_lock = NameLocks()
 
     @cached_property
@@ -273,7 +275,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides, as far as is known."""
-        steps = await self._residence.steps()
+        steps = await self.residence.steps()
         models = await super().show_available_models()
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
