@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from smoa_serve.errors import AdapterError, AdapterNotFoundError, PathNotAllowedError, shown
+from smoa_serve.errors import SHOWN_CHARACTERS, AdapterError, AdapterNotFoundError, PathNotAllowedError
 from smoa_serve.http.paths import confine
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ async def find(resolver: Any, base_model: str, name: str, roots: Sequence[Path])
         found = await resolver.resolve_lora(base_model, name)
     except Exception as error:
         logger.exception("%s failed on the adapter name %s", kind, name)
-        what = error.strerror if isinstance(error, OSError) else shown(str(error))
+        what = error.strerror if isinstance(error, OSError) else str(error)[:SHOWN_CHARACTERS]
         reason = f"{kind} could not use what it found under this name ({type(error).__name__}: {what})"
         raise AdapterError(name, f"{reason}; is its adapter_config.json complete?") from error
     if found is None:

@@ -132,9 +132,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
-        reason = name_reason(name)
-        if reason is not None:
-            raise AdapterError(shown(name), reason)
+        _check_name(name)
         staged = await asyncio.to_thread(self._stage, name, path, requested_path)
         previous = self.revisions.get(name)
         if previous is not None and previous.staged.digest == staged.digest:
@@ -207,6 +205,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 return refused
             try:
                 check_one_process(self.engine_client, f"adapter {shown(request.lora_name)} is not loaded")
+                _check_name(request.lora_name)
                 if self.is_base_model(request.lora_name):
                     raise AdapterError(request.lora_name, "this is the base model's name")
                 path = await asyncio.to_thread(self._allowed, request.lora_name, request.lora_path)
@@ -228,6 +227,8 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         """`POST /v1/unload_lora_adapter`: new requests get 404 at once; memory is freed when running ones are done."""
+        if request.lora_name and name_reason(request.lora_name) is not None:
+            return _not_loaded(request.lora_name)
         async with self.lora_resolver_lock[request.lora_name]:
             refused = await self._check_unload_lora_adapter_request(request)
             if refused is not None:
@@ -248,7 +249,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             when every resolver that has it failed.
         """
         if not self.lora_resolvers or name_reason(lora_name) is not None:
-            return _error_response(AdapterNotFoundError(shown(lora_name), "no adapter of this name is loaded"))
+            return _not_loaded(lora_name)
         async with self.lora_resolver_lock[lora_name]:
             if lora_name in self.lora_requests:
                 return self.lora_requests[lora_name]
@@ -267,7 +268,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 return _error_response(error)
         if reasons:
             return _error_response(AdapterError(lora_name, reasons))
-        return _error_response(AdapterNotFoundError(lora_name, "no adapter of this name is loaded, and none is found"))
+        return _not_loaded(lora_name)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name in a response: the user's, not the engine's."""
@@ -292,6 +293,17 @@ def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kw
     share_logging()  # vLLM has set its own up by now, which it had not when the seam was entered
     instance.__class__ = SmoaServingModels
     instance.begin()
+
+
+def _check_name(name: str) -> None:
+    """Raises AdapterError: no adapter can have this name."""
+    reason = name_reason(name)
+    if reason is not None:
+        raise AdapterError(shown(name), reason)
+
+
+def _not_loaded(name: str) -> Any:
+    return _error_response(AdapterNotFoundError(shown(name), "no adapter of this name is loaded"))
 
 
 def _error_response(error: SmoaError) -> Any:
