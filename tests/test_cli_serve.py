@@ -15,7 +15,7 @@ from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_lim
 from smoa_serve.cli.app import app, main
 from smoa_serve.cli.serve_settings import ServeSettings, load_settings
 from smoa_serve.cli.vllm_command import plugin_names, vllm_command
-from smoa_serve.errors import AdapterError, ConfigError
+from smoa_serve.errors import AdapterError, CompatibilityError, ConfigError
 from smoa_serve.formats import LoadOptions
 from smoa_serve.settings import Settings
 
@@ -202,6 +202,12 @@ def test_what_cannot_be_served_is_refused() -> None:
         vllm_command(ServeSettings(), [], {})
     with pytest.raises(ConfigError, match="--adapter NAME=PATH"):
         vllm_command(ServeSettings(model="m"), ["--lora-modules", "a=b"], {})
+    with pytest.raises(ConfigError, match="--grpc"):
+        vllm_command(ServeSettings(model="m"), ["--grpc"], {})
+    with pytest.raises(ConfigError, match=r"'a/\.\./b' cannot be used.*'pin' cannot be used"):
+        vllm_command(ServeSettings(model="m", adapter={"a/../b": "x", "pin": "y"}), [], {})
+    with pytest.raises(CompatibilityError, match="VLLM_USE_RUST_FRONTEND=1"):
+        vllm_command(ServeSettings(model="m"), [], {"VLLM_USE_RUST_FRONTEND": "1"})
     with pytest.raises(ConfigError, match="no such folder"):
         vllm_command(ServeSettings(model="m", adapters_root=(Path("/does/not/exist"),)), [], {})
 

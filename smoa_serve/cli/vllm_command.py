@@ -54,6 +54,8 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         raise ConfigError("no base model is given: smoa-serve serve MODEL, SMOA_SERVE_MODEL, or 'model:' in --config")
     if "lora-modules" in given:
         raise ConfigError("--lora-modules is made by smoa-serve; give adapters with --adapter NAME=PATH")
+    if "grpc" in given:
+        raise ConfigError("--grpc starts a server that asks for no key and knows no adapters of ours; leave it out")
     adapters = _adapters(settings)
     roots = _roots(settings, environment)
     defaults: dict[str, FlagValue] = {"enable-lora": True}
