@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
@@ -34,6 +33,6 @@ async def unload_lora_adapter(request: UnloadLoRAAdapterRequest, models: Models)
 
 
 def _response(answer: Any) -> Response:
-    if isinstance(answer, ErrorResponse):
-        return JSONResponse(answer.model_dump(), status_code=answer.error.code)
-    return Response(answer)
+    if isinstance(answer, str):
+        return Response(answer)
+    return JSONResponse(answer.model_dump(), status_code=answer.error.code)

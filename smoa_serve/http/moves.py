@@ -83,9 +83,7 @@ async def _move(engine: Any, ladder: Ladder, revision: Revision, target: str, op
 
 async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:
     if options.check and engine.vllm_config.model_config.runner_type == "pooling":
-        raise MoveRefusedError(
-            revision.name, "check asks prompts, and this base generates nothing; merge without check"
-        )
+        raise MoveRefusedError(revision.name, "check asks prompts and this base generates nothing: merge without")
     before = await parity.answers(engine, revision) if options.check else None
     report = _report(revision.name, await ladder.merge(revision, options.policy, options.max_lost))
     if before is not None:

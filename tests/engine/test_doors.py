@@ -554,4 +554,36 @@ def test_several_api_servers_serve_what_is_named_at_start_and_refuse_changes(
         assert len({repr(found) for found in answers.values()}) == 3
         pids = set(re.findall(r"ApiServer_\d+ pid=(\d+)", server.log.read_text()))
         assert len(pids) == 2
-        assert "smoa_adapter" in httpx.get(f"{server.url}/metrics").text
+        assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_pooling_base_has_the_same_doors(
+    vectors: Path, serving: Callable[..., Any], makers: Any, tmp_path: Path
+) -> None:
+    base, root = vectors / "e2e/tiny-llama/base", tmp_path / "adapters"
+    makers.make_adapters(base, root, {"smoa": ("smoa", (4, 4)), "lora": ("lora", (8,))})
+    arguments = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "base")
+    pooling = ("--runner", "pooling", "--enable-lora", "--max-lora-rank", "8", "--api-key", KEY)
+    resolver = {"VLLM_PLUGINS": "smoa_serve,lora_filesystem_resolver", "VLLM_LORA_RESOLVER_CACHE_DIR": str(root)}
+    config = root / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    with serving(base, *arguments, *pooling, SMOA_ADAPTER_ROOTS=str(root), **resolver) as server:
+        server.api_key = KEY
+
+        def embedded(model: str) -> Any:
+            return server.post("/v1/embeddings", {"model": model, "input": PROMPT})
+
+        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json={}).status_code == 401
+        assert httpx.post(f"{server.url}/pooling", json={}).status_code == 401
+        plain = embedded("base").raise_for_status().json()["data"][0]["embedding"]
+        assert server.post("/v1/load_lora_adapter", {"lora_name": "legal", "lora_path": "smoa"}).status_code == 200
+        for model in ("legal", "lora"):  # the second is found by the resolver
+            assert embedded(model).raise_for_status().json()["data"][0]["embedding"] != plain
+        before = embedded("legal").json()["data"][0]["embedding"]
+        assert set(server.adapters()) == {"legal", "lora"}
+        assert server.post("/v1/smoa/adapters/legal/merge", {"check": True}).status_code == 409
+        assert server.post("/v1/smoa/adapters/legal/resident", {}).json()["step"] == "resident"
+        assert embedded("legal").json()["data"][0]["embedding"] == pytest.approx(before, rel=1e-3, abs=1e-3)
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": "legal"}).status_code == 200
+        for model in ("legal", "lora/../lora", "nobody"):
+            assert embedded(model).status_code in {400, 404}
