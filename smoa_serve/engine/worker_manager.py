@@ -94,7 +94,12 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _remember(self, lora_int_id: int, error: Exception) -> None:
         """Keep why an adapter was refused: on its way to the API server the error becomes one text of vLLM's."""
-        reasons = error.reasons if isinstance(error, AdapterError) else [f"vLLM refused it: {error}"]
+        if isinstance(error, AdapterError):
+            reasons = error.reasons
+        elif isinstance(error, ValueError):
+            reasons = [f"vLLM refused it: {error}"]
+        else:
+            reasons = [f"loading it failed: {type(error).__name__}: {error}"]
         self.refusals[lora_int_id] = reasons
         while len(self.refusals) > REMEMBERED:
             del self.refusals[next(iter(self.refusals))]

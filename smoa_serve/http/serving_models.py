@@ -170,7 +170,13 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def _engines_reasons(self, revision: Revision, error: Exception) -> list[str]:
         """Why the workers refused a revision, all of them in their own words: vLLM hands on the first's as one text."""
-        answers = await ask_workers(self.engine_client, "smoa_refusals", revision.lora_int_id)
+        try:
+            answers = await ask_workers(self.engine_client, "smoa_refusals", revision.lora_int_id)
+        except EngineGoneError:
+            raise
+        except Exception:
+            logger.exception("The workers cannot say why they refused adapter %s", revision.name)
+            answers = []
         reasons = {reason for answer in answers for reason in answer["reasons"]}
         return sorted(map(self._public, reasons or {f"the engine failed: {error}"}))
 
