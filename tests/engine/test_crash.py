@@ -189,7 +189,9 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
         asked = [threads.submit(ask, server, *request) for request in requests]
         time.sleep(ASKED_S)
         assert not any(one.done() for one in asked)
-        assert set(ADAPTERS) < {card.id for card in server.client(timeout=5).models.list()}  # told without the workers
+        assert set(ADAPTERS) < {
+            card.id for card in server.client(timeout=GIVE_UP_S).models.list()
+        }  # told without the workers
         os.kill(worker, signal.SIGKILL)
         for request, one in zip(requests, asked, strict=True):
             assert one.result().startswith("503 the engine ended"), request

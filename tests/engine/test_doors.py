@@ -190,7 +190,9 @@ def test_browsers_may_ask_before_they_send_the_key(full_app: Any) -> None:
 
 
 def test_without_vllms_variable_only_our_routes_load_adapters(tiny: Any) -> None:
-    schema = httpx.get(f"{tiny.server.url}/openapi.json", headers=tiny.server.headers).raise_for_status().json()
+    schema = (
+        httpx.get(f"{tiny.server.url}/openapi.json", headers=tiny.server.headers, timeout=60).raise_for_status().json()
+    )
     assert {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/smoa/adapters"} < set(schema["paths"])
     assert not [path for path in schema["paths"] if path.startswith("/adapters")]
     assert tiny.server.post("/adapters", {"name": "x", "src": "smoa-r8-k2"}).status_code == 404
@@ -222,12 +224,12 @@ def doors(vectors: Path, serving: Callable[..., Any], makers: Any, tmp_path_fact
 @pytest.mark.parametrize("authorization", [None, "Bearer wrong", KEY])
 def test_every_route_of_a_server_asks_for_the_key_or_is_on_the_list(doors: Any, authorization: str | None) -> None:
     url = doors.server.url
-    schema = httpx.get(f"{url}/openapi.json", headers=doors.server.headers).raise_for_status().json()
+    schema = httpx.get(f"{url}/openapi.json", headers=doors.server.headers, timeout=60).raise_for_status().json()
     routes = [(method, path) for path, methods in schema["paths"].items() for method in methods]
     routes += [("get", "/docs"), ("get", "/redoc"), ("get", "/openapi.json"), ("get", "/metrics"), ("get", "/nothing")]
     assert ("post", "/adapters") in routes
     headers = {} if authorization is None else {"Authorization": authorization}
-    with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         for method, path in routes:
             response = client.request(method, re.sub(r"\{[^}]*\}", "x", path))
             expected = {401} if path not in OPEN_PATHS else {200, 405}
@@ -342,6 +344,7 @@ def test_the_load_routes_take_json_only(tiny: Any) -> None:
         f"{tiny.server.url}/v1/load_lora_adapter",
         content=json.dumps({"lora_name": "text", "lora_path": "smoa-r8-k2"}),
         headers=tiny.server.headers | {"Content-Type": "text/plain"},
+        timeout=60,
     )
     assert response.status_code in {400, 415, 422}
     assert "text" not in tiny.server.adapters()
@@ -402,7 +405,7 @@ def test_the_lists_show_what_was_given_and_no_private_copy(tiny: Any) -> None:
         assert cards["given"].root == tiny.server.adapters()["given"]["path"] == "smoa-r8-k2"
         assert cards["given"].max_model_len == cards["base-model"].max_model_len > 0
         for path in ("/v1/models", "/v1/smoa/adapters", "/v1/smoa/policy", "/metrics"):
-            text = httpx.get(f"{tiny.server.url}{path}", headers=tiny.server.headers).text
+            text = httpx.get(f"{tiny.server.url}{path}", headers=tiny.server.headers, timeout=60).text
             assert "store/" not in text, path
     finally:
         tiny.unload("given")
@@ -554,7 +557,7 @@ def test_several_api_servers_serve_what_is_named_at_start_and_refuse_changes(
         assert len({repr(found) for found in answers.values()}) == 3
         pids = set(re.findall(r"ApiServer_\d+ pid=(\d+)", server.log.read_text()))
         assert len(pids) == 2
-        assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics").text
+        assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics", timeout=60).text
 
 
 def test_a_pooling_base_has_the_same_doors(
@@ -573,8 +576,8 @@ def test_a_pooling_base_has_the_same_doors(
         def embedded(model: str) -> Any:
             return server.post("/v1/embeddings", {"model": model, "input": PROMPT})
 
-        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json={}).status_code == 401
-        assert httpx.post(f"{server.url}/pooling", json={}).status_code == 401
+        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json={}, timeout=60).status_code == 401
+        assert httpx.post(f"{server.url}/pooling", json={}, timeout=60).status_code == 401
         plain = embedded("base").raise_for_status().json()["data"][0]["embedding"]
         assert server.post("/v1/load_lora_adapter", {"lora_name": "legal", "lora_path": "smoa"}).status_code == 200
         for model in ("legal", "lora"):  # the second is found by the resolver
