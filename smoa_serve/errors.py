@@ -17,6 +17,18 @@ def _line(reason: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+SHOWN_CHARACTERS = 200
+
+
+def shown(text: str) -> str:
+    """What a user sent, quoted for a message: `repr`, which escapes what cannot be encoded, of at most a few lines."""
+    more = f"… ({len(text)} characters)" if len(text) > SHOWN_CHARACTERS else ""
+    return repr(text[:SHOWN_CHARACTERS]) + more
+
+
+_BULLET = "\n  - "
+
+
 class SmoaError(Exception):
     """Base of all errors of this project. `str(error)` is fit to be shown to a user."""
 
@@ -40,10 +52,15 @@ class AdapterError(SmoaError):
     def __init__(self, source: object, reasons: Sequence[str] | str) -> None:
         self.source = str(source)
         self.reasons = [reasons] if isinstance(reasons, str) else list(reasons)
-        lines = "".join(f"\n  - {_line(reason)}" for reason in self.reasons[:_SHOWN])
+        lines = "".join(f"{_BULLET}{_line(reason)}" for reason in self.reasons[:_SHOWN])
         if len(self.reasons) > _SHOWN:
-            lines += f"\n  - and {len(self.reasons) - _SHOWN} more reasons"
+            lines += f"{_BULLET}and {len(self.reasons) - _SHOWN} more reasons"
         super().__init__(f"adapter {self.source!r} was refused:{lines}")
+
+
+def reasons_in(text: str) -> list[str]:
+    """The reasons in what another process said of an `AdapterError`; empty when it was none."""
+    return text.split(_BULLET)[1:]
 
 
 class AdapterNotFoundError(AdapterError):
@@ -113,6 +130,10 @@ def reasons_of(error: BaseException) -> list[str]:
 
 class MergeLossError(SmoaError):
     """Rounding would remove more of an update than is allowed."""
+
+
+class SeveralProcessesError(SmoaError):
+    """Several API server processes share the engine, and one was asked for a change that the others would not see."""
 
 
 class EngineGoneError(SmoaError):

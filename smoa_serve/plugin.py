@@ -5,22 +5,44 @@ of vLLM's own imports stays as it is; a seam that cannot be replaced fails that 
 """
 
 import logging
+import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
+from smoa_serve.errors import CompatibilityError
 from smoa_serve.log_sharing import share_logging
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Arrange the replacements. Safe to call more than once."""
+    """Arrange the replacements. Safe to call more than once.
+
+    Raises:
+        CompatibilityError: vLLM would serve by a program that none of this can enter.
+    """
+    check_frontend(os.environ)
     for module, hook in _HOOKS.items():
         if module not in _registered:
             _registered.add(module)
             wrapt.register_post_import_hook(hook, module)
+
+
+def check_frontend(environment: Mapping[str, str]) -> None:
+    """Refuse vLLM's Rust frontend: it has routes and adapters of its own, and none of what is entered here.
+
+    Raises:
+        CompatibilityError: the environment asks for it.
+    """
+    value = environment.get("VLLM_USE_RUST_FRONTEND", "")
+    if value.strip() not in {"", "0"}:
+        raise CompatibilityError(
+            f"VLLM_USE_RUST_FRONTEND={value} is set: smoa-serve cannot enter vLLM's Rust frontend, which would serve "
+            "without the adapters' checks and routes. Unset it, or leave smoa_serve out of VLLM_PLUGINS"
+        )
 
 
 def _enter_worker_manager(module: ModuleType) -> None:
@@ -96,6 +118,28 @@ def _enter_serving_models(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", enter)
 
 
+def _enter_app(module: ModuleType) -> None:
+    # vLLM moved `build_app`; its old home imports it. The API server holds a reference to it by then, so what it calls
+    # last is replaced in its module.
+    if getattr(module, "build_app", None) is None or module.build_app.__module__ != module.__name__:
+        return
+    from smoa_serve.http.guard import guard_built_app
+
+    wrapt.wrap_function_wrapper(module, "sagemaker_standards_bootstrap", guard_built_app)
+
+
+def _enter_model_check(module: ModuleType) -> None:
+    from smoa_serve.http.resolving import resolve_unknown
+
+    wrapt.wrap_function_wrapper(module, "BaseServing._check_model", resolve_unknown)
+
+
+def _enter_pooling_model_check(module: ModuleType) -> None:
+    from smoa_serve.http.resolving import resolve_unknown_pooling
+
+    wrapt.wrap_function_wrapper(module, "PoolingBaseServing._check_model", resolve_unknown_pooling)
+
+
 _registered: set[str] = set()
 _HOOKS = {
     "vllm.v1.worker.lora_model_runner_mixin": _enter_worker_manager,
@@ -107,4 +151,8 @@ _HOOKS = {
     "vllm.v1.engine.output_processor": _enter_output_processor,
     "vllm.v1.metrics.loggers": _enter_metrics,
     "vllm.entrypoints.openai.models.serving": _enter_serving_models,
+    "vllm.entrypoints.openai.api_server": _enter_app,
+    "vllm.entrypoints.launchers.app": _enter_app,
+    "vllm.entrypoints.serve.engine.serving": _enter_model_check,
+    "vllm.entrypoints.pooling.base.serving": _enter_pooling_model_check,
 }

@@ -16,7 +16,7 @@ from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_lim
 from smoa_serve.cli.app import app, main
 from smoa_serve.cli.serve_settings import SECRET_FLAGS, TEXT_FLAGS, ServeSettings, load_settings
 from smoa_serve.cli.vllm_command import plugin_names, vllm_command
-from smoa_serve.errors import AdapterError, ConfigError
+from smoa_serve.errors import AdapterError, CompatibilityError, ConfigError
 from smoa_serve.formats import LoadOptions
 from smoa_serve.settings import Settings
 
@@ -228,6 +228,12 @@ def test_what_cannot_be_served_is_refused() -> None:
         vllm_command(ServeSettings(), [], {})
     with pytest.raises(ConfigError, match="--adapter NAME=PATH"):
         vllm_command(ServeSettings(model="m"), ["--lora-modules", "a=b"], {})
+    with pytest.raises(ConfigError, match="--grpc"):
+        vllm_command(ServeSettings(model="m"), ["--grpc"], {})
+    with pytest.raises(ConfigError, match=r"'a/\.\./b' cannot be used.*'pin' cannot be used"):
+        vllm_command(ServeSettings(model="m", adapter={"a/../b": "x", "pin": "y"}), [], {})
+    with pytest.raises(CompatibilityError, match="VLLM_USE_RUST_FRONTEND=1"):
+        vllm_command(ServeSettings(model="m"), [], {"VLLM_USE_RUST_FRONTEND": "1"})
     with pytest.raises(ConfigError, match="no such folder"):
         vllm_command(ServeSettings(model="m", adapters_root=(Path("/does/not/exist"),)), [], {})
 
@@ -235,7 +241,7 @@ def test_what_cannot_be_served_is_refused() -> None:
 def test_the_plugin_reads_what_the_command_sets(tmp_path: Path) -> None:
     settings = ServeSettings(model="m", adapters_root=(tmp_path,), allow_pickle=True, strict_order=True)
     environment = vllm_command(settings, [], {"SMOA_ADAPTER_ROOTS": "/elsewhere"}).environment
-    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     read = Settings.from_environment(environment)
     assert read.adapter_roots == (tmp_path.resolve(), Path("/elsewhere"))
     assert (read.allow_pickle, read.strict_order, read.allow_hub, read.required) == (True, True, False, True)

@@ -12,6 +12,8 @@ import torch
 
 from ..errors import ConfigError
 from ..formats import LoadOptions
+from ..http.revisions import name_reason
+from ..plugin import check_frontend
 from ..settings import Settings
 from .adapter_limits import adapters_in, default_limits
 from .serve_settings import FlagValue, ServeSettings, flag_names, masked
@@ -51,14 +53,18 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         environment: what is set already.
 
     Raises:
-        ConfigError: no model, or a flag that has to be said in another way.
+        ConfigError: no model, a name that no adapter can have, or a flag that has to be said in another way.
+        CompatibilityError: vLLM's Rust frontend is asked for.
         AdapterError: an adapter cannot be read.
     """
+    check_frontend(environment)
     given = set(settings.vllm) | flag_names(arguments)
     if settings.model is None:
         raise ConfigError("no base model is given: smoa-serve serve MODEL, SMOA_SERVE_MODEL, or 'model:' in --config")
     if "lora-modules" in given:
         raise ConfigError("--lora-modules is made by smoa-serve; give adapters with --adapter NAME=PATH")
+    if "grpc" in given:
+        raise ConfigError("--grpc starts a server that asks for no key and knows no adapters of ours; leave it out")
     adapters = _adapters(settings)
     roots = _roots(settings, environment)
     defaults: dict[str, FlagValue] = {"enable-lora": True}
@@ -70,7 +76,7 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         if allow_pickle is None:
             allow_pickle = Settings.from_environment(environment).allow_pickle
         defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=allow_pickle))
-    # vLLM refuses loading at run time with several API servers, its default for data parallel.
+    # Several API servers, vLLM's default for data parallel, do not follow each other's loads.
     if "headless" not in given:
         defaults["api-server-count"] = 1
     flags = {name: value for name, value in defaults.items() if name not in given} | settings.vllm
@@ -102,7 +108,11 @@ def plugin_names(current: str | None) -> str:
 
 def _adapters(settings: ServeSettings) -> dict[str, str]:
     found = adapters_in(settings.adapters_dir) if settings.adapters_dir is not None else {}
-    return found | settings.adapter
+    adapters = found | settings.adapter
+    reasons = [reason for name in adapters if (reason := name_reason(name)) is not None]
+    if reasons:
+        raise ConfigError("; ".join(reasons))
+    return adapters
 
 
 def _roots(settings: ServeSettings, environment: Mapping[str, str]) -> list[Path]:
@@ -117,7 +127,6 @@ def _roots(settings: ServeSettings, environment: Mapping[str, str]) -> list[Path
 def _environment(settings: ServeSettings, roots: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
     result = {
         "VLLM_PLUGINS": plugin_names(environment.get("VLLM_PLUGINS")),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "SMOA_SERVE_REQUIRED": "1",
         "SMOA_ADAPTER_ROOTS": os.pathsep.join(map(str, roots)),
     }

@@ -44,7 +44,11 @@ class _Copy:
 
 
 class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
-    """The worker's adapter caches: host memory and slots."""
+    """The worker's adapter caches: host memory and slots.
+
+    Attributes:
+        refusals: lora_int_id -> every reason why it could not be loaded, until somebody asks; the last few.
+    """
 
     _manager_cls = SmoaModelManager
     _adapter_manager: SmoaModelManager

@@ -1,5 +1,6 @@
 """The requests of each adapter revision, seen where every request enters the engine."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -12,10 +13,9 @@ _LEFT = ""  # under which the requests of revisions that have left are counted
 async def enter_request(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A wrapper of `AsyncLLM.add_request`: counts the request under its adapter's engine name, and sees to it that this
     revision stays in the engine, and can be read there, until the request is among those that run."""
-    lora = kwargs.get("lora_request")
-    if lora is None:
-        # A rendered request carries its adapter itself.
-        lora = next((getattr(value, "lora_request", None) for value in (*args, kwargs.get("prompt"))), None)
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    # A rendered request carries its adapter itself, and vLLM then goes by that one.
+    lora = getattr(given["prompt"], "lora_request", given.get("lora_request"))
     entering: AbstractAsyncContextManager[None] = nullcontext()
     if lora is not None:
         served(engine)[lora.lora_name] += 1

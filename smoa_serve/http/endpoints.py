@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from smoa_serve.errors import EngineGoneError
 from smoa_serve.http import moves
 from smoa_serve.http.counting import served
+from smoa_serve.http.engine_calls import several_processes
 from smoa_serve.http.ladder import Ladder, step_of
 from smoa_serve.http.ladder_loop import LadderLoop
 from smoa_serve.http.moves import refused
@@ -121,12 +122,16 @@ class EndpointPlugin:
     """The `vllm.endpoint_plugins` entry point. vLLM loads it when `VLLM_PLUGINS` names smoa_serve."""
 
     name = "smoa_serve"
-    required_tasks = ("generate",)
+    # All but the render server's, which has no engine.
+    required_tasks = ("generate", "transcription", "embed", "classify", "token_embed", "token_classify")
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
+        from smoa_serve.http import lora_routes  # vLLM's own modules, which are there by now
+
         app.include_router(router)
         app.include_router(moves.router)
+        app.include_router(lora_routes.router)
         app.add_exception_handler(EngineGoneError, _engine_gone)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -135,6 +140,6 @@ class EndpointPlugin:
         models = state.openai_serving_models
         state.smoa_ladder = models.ladder = Ladder(engine_client, models.revisions.get, models.remove_later)
         state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
-        if engine_client.vllm_config.lora_config is not None:
+        if engine_client.vllm_config.lora_config is not None and not several_processes(engine_client):
             # Kept in the state: a task that nothing refers to may be collected.
             state.smoa_policy_task = asyncio.create_task(state.smoa_policy.run(state))

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from time import monotonic
 from typing import Any, TypeVar
 
-from smoa_serve.errors import EngineGoneError, raised_or
+from smoa_serve.errors import EngineGoneError, SeveralProcessesError, raised_or
 
 Answer = TypeVar("Answer")
 
@@ -40,6 +40,29 @@ async def answered(engine: Any, call: Awaitable[Answer], doing: str) -> Answer:
 
 def _gone(doing: str) -> str:
     return f"the engine ended, and {doing} with it; restart the server"
+
+
+def several_processes(engine: Any) -> bool:
+    """Whether other API server processes share the engine (`--api-server-count`)."""
+    return bool(engine.vllm_config.parallel_config._api_process_count > 1)
+
+
+def check_one_process(engine: Any, consequence: str) -> None:
+    """Refuse a change that only this process would see.
+
+    Args:
+        engine: vLLM's client.
+        consequence: what does not happen, in words.
+
+    Raises:
+        SeveralProcessesError: there are others.
+    """
+    if several_processes(engine):
+        count = engine.vllm_config.parallel_config._api_process_count
+        raise SeveralProcessesError(
+            f"{consequence}: {count} API server processes share the engine and do not tell each other yet. Name "
+            "adapters at start, or start with --api-server-count 1"
+        )
 
 
 async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:

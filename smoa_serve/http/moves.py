@@ -1,15 +1,22 @@
 """Routes that move adapters up and down the ladder of residence."""
 
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import AdapterNotFoundError, MoveFailedError, MoveRefusedError, WorkerError
+from smoa_serve.errors import (
+    AdapterNotFoundError,
+    MoveFailedError,
+    MoveRefusedError,
+    SeveralProcessesError,
+    WorkerError,
+)
 from smoa_serve.http import parity
+from smoa_serve.http.engine_calls import check_one_process
 from smoa_serve.http.ladder import Ladder, Move
-from smoa_serve.http.revisions import Revision
+from smoa_serve.http.revisions import Revision, Target
 from smoa_serve.merge_policy import MergePolicy
 
 router = APIRouter(prefix="/v1/smoa")
@@ -46,7 +53,7 @@ class MoveReport(BaseModel):
 async def move(
     raw_request: Request,
     name: str,
-    target: Literal["merge", "unmerge", "resident", "slot", "pin", "unpin"],
+    target: Target,
     options: MergeRequest | None = None,
 ) -> Any:
     """Merge, un-merge, keep resident, back to the slot. What is moved by hand stays there: the automatic policy is kept
@@ -54,14 +61,18 @@ async def move(
     state = raw_request.app.state
     ladder: Ladder = state.smoa_ladder
     try:
+        check_one_process(state.engine_client, "adapters stay where they are")
         revision = _revision(state.openai_serving_models.revisions, name)
         report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     except AdapterNotFoundError as error:
         return refused(error, 404)
     except MoveRefusedError as error:
         return refused(error, 409)
+    except SeveralProcessesError as error:
+        return refused(error, 501)
     except (MoveFailedError, WorkerError) as error:
         return refused(error, 500)
+    state.openai_serving_models.residence.note(revision.lora_int_id, report.step)
     if target == "unpin":
         ladder.pinned.discard(name)
     elif name in state.openai_serving_models.revisions:  # pins end with the name
@@ -82,6 +93,8 @@ async def _move(engine: Any, ladder: Ladder, revision: Revision, target: str, op
 
 
 async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:
+    if options.check and engine.vllm_config.model_config.runner_type == "pooling":
+        raise MoveRefusedError(revision.name, "check asks prompts and this base generates nothing: merge without")
     before = await parity.answers(engine, revision) if options.check else None
     report = _report(revision.name, await ladder.merge(revision, options.policy, options.max_lost))
     if before is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from smoa_serve.errors import AdapterError, AdapterNotFoundError, PathNotAllowedError
+from smoa_serve.errors import AdapterError, AdapterNotFoundError, PathNotAllowedError, shown
 
 
 def confine(path: str, roots: Sequence[Path]) -> Path:
@@ -33,13 +33,13 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
             inside.append((root, real))
     if not inside:
         raise PathNotAllowedError(
-            f"the adapter path {path!r} lies outside the configured folders; give a path below one of them, "
+            f"the adapter path {shown(path)} lies outside the configured folders; give a path below one of them, "
             "absolute or relative to it, without '..' and without links that lead out"
         )
     try:
         existing = [(root, real) for root, real in inside if real.exists()]
         if not existing:
-            raise AdapterNotFoundError(path, "there is nothing at this path")
+            raise AdapterNotFoundError(path, f"there is nothing at this path: {shown(path)}")
         root, found = existing[0]
         # A weight file is read with the configuration beside it.
         files = list(found.iterdir()) if found.is_dir() else [found.parent / "adapter_config.json"]
@@ -48,7 +48,9 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
     for file in files:
         target = _resolve(file)
         if target is None or not target.is_relative_to(root):
-            raise PathNotAllowedError(f"{file.name} of the adapter {path!r} is a link out of the configured folders")
+            raise PathNotAllowedError(
+                f"{file.name} of the adapter {shown(path)} is a link out of the configured folders"
+            )
     return found
 
 

@@ -7,8 +7,9 @@ statistics) is thereby keyed by content.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from smoa_serve.errors import shown
 from smoa_serve.store import StagedAdapter
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 _DIGEST_LENGTH = 32
 _ENGINE_NAME = re.compile(rf"(.+)@[0-9a-f]{{{_DIGEST_LENGTH}}}", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,255}")
+
+Target = Literal["merge", "unmerge", "resident", "slot", "pin", "unpin"]  # of POST /v1/smoa/adapters/{name}/{target}
+# What may follow a name in a path, now or soon: a name that ended so could be taken for another name and a verb.
+VERBS = frozenset((*get_args(Target), "prefetch", "revisions", "rollback", "split"))
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,22 @@ def visible_name(engine_name: str) -> str:
 
 
 def name_reason(name: str) -> str | None:
-    """Why a name cannot be an adapter's, None when it can."""
+    """Why a name cannot be an adapter's, None when it can.
+
+    Every route has to reach it, through clients and proxies that tidy paths up, and it may lead no resolver out of its
+    folder.
+    """
+    unusable = f"the adapter name {shown(name)} cannot be used; "
     if not _NAME.fullmatch(name):
         return (
-            f"the adapter name {name!r} cannot be used; allowed are up to 256 letters, digits and . _ : / - "
-            "beginning with a letter or digit"
+            f"{unusable}allowed are up to 256 letters, digits and . _ : / - beginning with a letter or digit "
+            "(@ stands between a name and a digest)"
         )
+    segments = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(segments):
+        return f"{unusable}between its slashes allowed are no '.', no '..' and not nothing: paths are shortened by them"
+    if segments[-1] in VERBS:
+        return f"{unusable}allowed are all last parts but {', '.join(sorted(VERBS))}: routes end in these"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -24,16 +25,21 @@ from smoa_serve.errors import (
     EngineGoneError,
     MoveFailedError,
     PathNotAllowedError,
+    SeveralProcessesError,
     SmoaError,
     StorageError,
     WorkerError,
+    reasons_in,
+    shown,
 )
 from smoa_serve.formats import LoadOptions
 from smoa_serve.http.counting import forget_served, in_flight
-from smoa_serve.http.engine_calls import answered, ask_workers, bring_in
-from smoa_serve.http.ladder import Ladder, forget_metrics, step_of
+from smoa_serve.http.engine_calls import answered, ask_workers, bring_in, check_one_process
+from smoa_serve.http.ladder import Ladder, forget_metrics
 from smoa_serve.http.paths import confine, download
 from smoa_serve.http.private_copies import PrivateCopies
+from smoa_serve.http.residence import KnownResidence
+from smoa_serve.http.resolving import find
 from smoa_serve.http.revisions import Revision, default_mm_reason, engine_name, name_reason, visible_name
 from smoa_serve.log_sharing import share_logging
 from smoa_serve.settings import Settings
@@ -47,6 +53,7 @@ _STATUS = {
     EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
     PathNotAllowedError: HTTPStatus.FORBIDDEN,
     StorageError: HTTPStatus.INSUFFICIENT_STORAGE,
+    SeveralProcessesError: HTTPStatus.NOT_IMPLEMENTED,
     SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 _DRAIN_POLL_S = 0.2
@@ -57,10 +64,12 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     Attributes:
         revisions: name -> the current revision.
+        residence: where they are, as far as is known.
         ladder: of this server, once it serves.
     """
 
     revisions: dict[str, Revision]
+    residence: KnownResidence
     ladder: Ladder | None
 
     def begin(self) -> None:
@@ -74,7 +83,8 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._known: dict[str, Revision] = {}  # by engine name: the current ones and those that drain
         self._draining: set[str] = set()
         self._entering: Counter[str] = Counter()
-        self._copies = PrivateCopies(self._store, self._stage)
+        self._copies = PrivateCopies(self._store, self._stage_again)
+        self.residence = KnownResidence(self.engine_client, self.revisions)
         self.lora_resolver_lock = NameLocks()
         self.engine_client.smoa_models = self
         processor = getattr(self.engine_client, "output_processor", None)
@@ -133,10 +143,8 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
-        reason = name_reason(name)
-        if reason is not None:
-            raise AdapterError(requested_path, reason)
-        staged = await asyncio.to_thread(self._stage, path)
+        _check_name(name)
+        staged = await asyncio.to_thread(self._stage, name, path, requested_path)
         previous = self.revisions.get(name)
         if previous is not None and previous.staged.digest == staged.digest:
             return previous
@@ -149,7 +157,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         except EngineGoneError:
             raise
         except Exception as error:
-            raise AdapterError(requested_path, f"the engine refused it: {error}") from error
+            raise AdapterError(name, self._engines_reasons(error)) from error
         self.revisions[name], self.lora_requests[name] = revision, request
         self._known[revision.engine_name] = revision
         logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
@@ -164,8 +172,24 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             self._numbers[engine_name] = self.lora_id_counter.inc(1)
         return self._numbers[engine_name]
 
-    def _stage(self, path: Path) -> StagedAdapter:
+    def _stage(self, name: str, path: Path, requested_path: str) -> StagedAdapter:
+        """Read and check an adapter; what is wrong with it is told by its name and the path that was given."""
+        try:
+            return self._stage_again(path)
+        except AdapterError as error:
+            reasons = [self._public(reason.replace(str(path), requested_path)) for reason in error.reasons]
+            raise type(error)(name, reasons) from error
+
+    def _stage_again(self, path: Path) -> StagedAdapter:
         return self._store.stage(path, self._base, self._options)
+
+    def _engines_reasons(self, error: Exception) -> list[str]:
+        """Why the workers refused an adapter, all of them: vLLM hands on their reasons as one text."""
+        return [self._public(reason) for reason in reasons_in(str(error)) or [f"the engine failed: {error}"]]
+
+    def _public(self, text: str) -> str:
+        """Without the paths of private copies, which nobody gave."""
+        return re.sub(rf"{re.escape(str(self._store.root))}[^\s'\",;)]*", "its private copy", text)
 
     def remove_later(self, revision: Revision) -> None:
         """Free a revision's slot and host memory once no request uses it; what it holds beyond that now."""
@@ -258,28 +282,39 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             if refused is not None:
                 return refused
             try:
+                check_one_process(self.engine_client, f"adapter {shown(request.lora_name)} is not loaded")
+                _check_name(request.lora_name)
                 if self.is_base_model(request.lora_name):
-                    raise AdapterError(request.lora_path, f"{request.lora_name!r} is the base model's name")
-                path = await asyncio.to_thread(self._allowed, request.lora_path)
+                    raise AdapterError(request.lora_name, "this is the base model's name")
+                path = await asyncio.to_thread(self._allowed, request.lora_name, request.lora_path)
                 await self._load(request.lora_name, path, request.lora_path, base_model_name)
             except SmoaError as error:
                 return _error_response(error)
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
-    def _allowed(self, path: str) -> Path:
+    def _allowed(self, name: str, path: str) -> Path:
         try:
-            return confine(path, self._settings.adapter_roots)
-        except (AdapterNotFoundError, PathNotAllowedError):
-            if self._settings.allow_hub and not Path(path).is_absolute():
-                return download(path)
-            raise
+            try:
+                return confine(path, self._settings.adapter_roots)
+            except (AdapterNotFoundError, PathNotAllowedError):
+                if self._settings.allow_hub and not Path(path).is_absolute():
+                    return download(path)
+                raise
+        except AdapterError as error:
+            raise type(error)(name, error.reasons) from error
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         """`POST /v1/unload_lora_adapter`: new requests get 404 at once; memory is freed when running ones are done."""
+        if request.lora_name and name_reason(request.lora_name) is not None:
+            return _not_loaded(request.lora_name)
         async with self.lora_resolver_lock[request.lora_name]:
             refused = await self._check_unload_lora_adapter_request(request)
             if refused is not None:
                 return refused
+            try:
+                check_one_process(self.engine_client, f"adapter {request.lora_name!r} stays loaded")
+            except SeveralProcessesError as error:
+                return _error_response(error)
             del self.lora_requests[request.lora_name]
             revision = self.revisions.pop(request.lora_name)
             if self.ladder is not None:
@@ -288,34 +323,48 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> Any:
-        """Ask vLLM's resolvers for an unknown name; what they find is served as a revision like any other."""
+        """Ask vLLM's resolvers for an unknown name; what they find is served as a revision like any other.
+
+        Returns:
+            The adapter's request, or an error: 404 when nobody has the name or nobody can have it, 400 with all reasons
+            when every resolver that has it failed.
+        """
+        if not self.lora_resolvers or name_reason(lora_name) is not None:
+            return _not_loaded(lora_name)
         async with self.lora_resolver_lock[lora_name]:
             if lora_name in self.lora_requests:
                 return self.lora_requests[lora_name]
-            for resolver in self.lora_resolvers:
-                found = await resolver.resolve_lora(self.model_config.model, lora_name)
-                if found is None:
-                    continue
-                try:
-                    await self._load(lora_name, Path(found.lora_path), found.lora_path)
-                except SmoaError as error:
-                    return _error_response(error)
-                return self.lora_requests[lora_name]
-        return _error_response(AdapterNotFoundError(lora_name, "no adapter of this name is loaded"))
+            reasons = []
+            try:
+                check_one_process(self.engine_client, f"no resolver is asked for adapter {lora_name!r}")
+                for resolver in self.lora_resolvers:
+                    try:
+                        found = await find(resolver, self.model_config.model, lora_name, self._settings.adapter_roots)
+                        if found is not None:
+                            await self._load(lora_name, found, lora_name)
+                            return self.lora_requests[lora_name]
+                    except AdapterError as error:
+                        reasons += error.reasons
+            except SmoaError as error:
+                return _error_response(error)
+        if reasons:
+            return _error_response(AdapterError(lora_name, reasons))
+        return _not_loaded(lora_name)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name in a response: the user's, not the engine's."""
         return visible_name(super().model_name(lora_request))
 
     async def show_available_models(self) -> Any:
-        """`GET /v1/models`: the base, and each adapter with its parent and where it resides."""
+        """`GET /v1/models`: the base, and each adapter with its parent and where it resides, as far as is known."""
+        steps = await self.residence.steps()
         models = await super().show_available_models()
-        statuses = await ask_workers(self.engine_client, "smoa_status") if self.revisions else []
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:
                 card.id, card.root = revision.name, revision.requested_path
-                card.residence = step_of(statuses, revision.lora_int_id)  # a field of ours: the card takes any
+                card.max_model_len = self.model_config.max_model_len
+                card.residence = steps.get(revision.lora_int_id)  # a field of ours: the card takes any
         return models
 
 
@@ -333,6 +382,17 @@ def enter(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kw
     share_logging()  # vLLM has set its own up by now, which it had not when the seam was entered
     instance.__class__ = SmoaServingModels
     instance.begin()
+
+
+def _check_name(name: str) -> None:
+    """Raises AdapterError: no adapter can have this name."""
+    reason = name_reason(name)
+    if reason is not None:
+        raise AdapterError(shown(name), reason)
+
+
+def _not_loaded(name: str) -> Any:
+    return _error_response(AdapterNotFoundError(shown(name), "no adapter of this name is loaded"))
 
 
 def _error_response(error: SmoaError) -> Any:

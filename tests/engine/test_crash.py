@@ -172,14 +172,15 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
     for its requests."""
     load = {"lora_name": "late", "lora_path": str(disk.adapter("smoa"))}
     requests = [
-        ("GET", "/v1/models", None),
         ("GET", "/v1/smoa/adapters", None),
         ("POST", "/v1/load_lora_adapter", load),
         ("POST", "/v1/smoa/adapters/smoa/merge", {}),
         ("POST", "/v1/smoa/adapters/hira/resident", {}),
     ]
-    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "SMOA_ADAPTER_ROOTS": str(disk.root)}
-    with served(disk, serving, **environment) as server, ThreadPoolExecutor(len(requests)) as threads:
+    with (
+        served(disk, serving, SMOA_ADAPTER_ROOTS=str(disk.root)) as server,
+        ThreadPoolExecutor(len(requests)) as threads,
+    ):
         worker = process_of(server, "Worker")
         if busy:
             threading.Thread(target=stream, args=(server,), daemon=True).start()
@@ -188,6 +189,9 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
         asked = [threads.submit(ask, server, *request) for request in requests]
         time.sleep(ASKED_S)
         assert not any(one.done() for one in asked)
+        assert set(ADAPTERS) < {
+            card.id for card in server.client(timeout=GIVE_UP_S).models.list()
+        }  # told without the workers
         os.kill(worker, signal.SIGKILL)
         for request, one in zip(requests, asked, strict=True):
             assert one.result().startswith("503 the engine ended"), request

@@ -227,13 +227,14 @@ class Tiny:
         client: the official one, with the key.
         base: folder of the base, whose tokenizer can write JSON.
         root: folder that adapters may be loaded from.
+        resolved: folder of vLLM's filesystem resolver.
         adapters: loaded at start-up by name; a test that unloads one loads it again.
         models: every name that can be asked for.
         reference: transformers on merged weights.
     """
 
-    def __init__(self, server: Any, base: Path, root: Path, adapters: dict[str, MadeAdapter]) -> None:
-        self.server, self.base, self.root, self.adapters = server, base, root, adapters
+    def __init__(self, server: Any, base: Path, root: Path, resolved: Path, adapters: dict[str, MadeAdapter]) -> None:
+        self.server, self.base, self.root, self.resolved, self.adapters = server, base, root, resolved, adapters
         self.models = [BASE, *adapters]
         self.reference = Reference(base, adapters)
         self.client = server.client()
@@ -288,15 +289,18 @@ class Tiny:
 
 def start_tiny(recorded_base: Path, folder: Path, start: Callable[..., Any], arguments: Sequence[str]) -> Tiny:
     """Make everything and start the server."""
-    base, root = copy_base(recorded_base, folder / "base"), folder / "adapters"
+    base, root, resolved = copy_base(recorded_base, folder / "base"), folder / "adapters", folder / "resolved"
+    resolved.mkdir()
     adapters = {name: make_smoa(base, root / name, seed=seed, **SMOA[name]) for seed, name in enumerate(SMOA)}
     adapters["lora-r4"] = make_lora(base, root / "lora-r4", rank=4, targets=ATTENTION + MLP, seed=9)
     line = f"--served-model-name {BASE} --api-key {API_KEY} --max-lora-rank 8 --max-model-len {MAX_TOKENS}"
     slots = f"--max-loras {NUM_SLOTS} --max-cpu-loras {HOST_ADAPTERS}"
     modules = [f"{name}={adapter.path}" for name, adapter in adapters.items()]
     environment = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        # A resolver beside us, which finds nothing that a test did not put into its folder.
+        "VLLM_PLUGINS": "smoa_serve,lora_filesystem_resolver",
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(resolved),
         # Longer than the clients keep idle connections: none meets one that the server is closing.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
         "SMOA_ALLOW_PICKLE": "1",
@@ -304,4 +308,4 @@ def start_tiny(recorded_base: Path, folder: Path, start: Callable[..., Any], arg
     }
     server = start(base, *arguments, *line.split(), *slots.split(), "--lora-modules", *modules, **environment)
     server.api_key = API_KEY
-    return Tiny(server, base, root, adapters)
+    return Tiny(server, base, root, resolved, adapters)
