@@ -7,6 +7,7 @@ import random
 import shutil
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ TOKENS = 6
 PROMPTS = tuple(tuple(20 + 3 * place % 200 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
 GROWTH = 0.02
+LIMIT_S = 3600.0
 
 
 class ChurnError(SmoaError):
@@ -125,20 +127,23 @@ class Churn:
                 if answers[0].is_close(self._answers[-1][0]):
                     raise ChurnError(f"contents {path} and {self._contents[other]} answer alike; make them stronger")
 
-    async def run(self, operations: int, look: Callable[[int], None] | None = None, every: int = 100) -> None:
+    async def run(
+        self, operations: int, look: Callable[[int], None] | None = None, every: int = 100, limit_s: float = LIMIT_S
+    ) -> None:
         """So many operations, and requests beside them.
 
         Args:
-            operations: how many more.
+            operations: how many more; limit_s: or as many as take so long.
             look: called with the number of operations.
             every: so many of them.
         """
         end, watched = self.operations + operations, self.operations + every
+        deadline = time.monotonic() + limit_s
 
         async def work(worker: int) -> None:
             nonlocal watched
             state = _Names([f"{self._prefix}-{worker}-{index}" for index in range(NAMES)])
-            while self.operations < end and not self.wrong:
+            while self.operations < end and time.monotonic() < deadline and not self.wrong:
                 await self._operate(worker, state)
                 self.operations += 1
                 for name in self._random.sample(sorted(state.loaded), k=min(2, len(state.loaded))):
