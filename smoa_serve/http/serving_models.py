@@ -141,6 +141,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             raise AdapterError(requested_path, f"the engine refused it: {error}") from error
         self.revisions[name], self.lora_requests[name] = revision, request
         self._known[revision.engine_name] = revision
+        self._copies.note(revision)
         logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
         if previous is not None:
             self._remove_later(previous.engine_name, previous.lora_int_id)
