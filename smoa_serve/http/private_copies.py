@@ -68,7 +68,7 @@ class PrivateCopies:
             reason: what the engine says.
         """
         why = self._lost.get(engine_name, reason)
-        self.forget(engine_name)
+        self._known.pop(engine_name, None)
         return f"{why}\nIf it stays so, load it again: POST /v1/load_lora_adapter with load_inplace"
 
     def _is_known(self, revision: Revision) -> bool:

@@ -181,13 +181,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                     await answered(self.engine_client, self.engine_client.remove_lora(number), "remove_lora")
                     if not self._is_used(name):  # or else it was looked up before, and is read again
                         self._forget(name)
-                        return
+                        break
         except EngineGoneError:
             pass  # which vLLM reports itself
         except Exception:
             logger.exception("Adapter revision %s did not leave the engine", name)
         finally:
             self._draining.discard(name)
+        await asyncio.to_thread(heap.trim)  # what reading it took
 
     def _is_used(self, engine_name: str) -> bool:
         return bool(self._entering[engine_name] or in_flight(self.engine_client, engine_name))
@@ -202,7 +203,6 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._known.pop(engine_name, None)
         self._copies.forget(engine_name)
         forget_served(self.engine_client, engine_name)
-        heap.trim()  # what reading it took
         if visible_name(engine_name) not in self.revisions:
             forget_metrics(visible_name(engine_name))
         logger.info("Adapter revision %s left the engine", engine_name)
