@@ -180,11 +180,21 @@ class Churn:
                 state.merged = None
             case "merge":
                 policy = self._random.choice(("compensate", "exclusive"))
-                await self._post(f"/v1/smoa/adapters/{name}/merge", {"policy": policy})
-                state.merged = name
+                if await self._move(name, "merge", {"policy": policy}):
+                    state.merged = name
             case _:
-                await self._post(f"/v1/smoa/adapters/{name}/{what}", {})
+                await self._move(name, what, {})
                 state.merged = None
+
+    async def _move(self, name: str, target: str, options: Mapping[str, Any]) -> bool:
+        """Whether it was moved: one that is evicted meanwhile is refused, and stays what it was."""
+        response = await self._client.post(f"/v1/smoa/adapters/{name}/{target}", json=options)
+        if response.status_code == httpx.codes.CONFLICT:
+            self.done[f"{target} refused"] += 1
+            return False
+        if not response.is_success:
+            raise ChurnError(f"{target} {name}: {response.status_code}: {response.text[:500]}")
+        return True
 
     async def _load(self, name: str, content: int, *, in_place: bool) -> None:
         body = {"lora_name": name, "lora_path": str(self._contents[content]), "load_inplace": in_place}
