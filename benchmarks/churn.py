@@ -38,7 +38,7 @@ CONTENTS = 24
 WORKERS, NAMES = 4, 3  # names of each worker
 SLOTS, HOST = 4, 6  # fewer than names: adapters are evicted from both all the time
 TOKENS = 6
-PROMPTS = tuple(tuple(20 + 3 * place % 200 for place in range(length)) for length in (5, 40))
+PROMPTS = tuple(tuple(20 + 3 * place % 100 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
 GROWTH = 0.02
 LIMIT_S = 3600.0
