@@ -7,6 +7,7 @@ import random
 import shutil
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,9 +38,10 @@ CONTENTS = 24
 WORKERS, NAMES = 4, 3  # names of each worker
 SLOTS, HOST = 4, 6  # fewer than names: adapters are evicted from both all the time
 TOKENS = 6
-PROMPTS = tuple(tuple(20 + 3 * place % 200 for place in range(length)) for length in (5, 40))
+PROMPTS = tuple(tuple(20 + 3 * place % 100 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
 GROWTH = 0.02
+LIMIT_S = 3600.0
 
 
 class ChurnError(SmoaError):
@@ -125,20 +127,23 @@ class Churn:
                 if answers[0].is_close(self._answers[-1][0]):
                     raise ChurnError(f"contents {path} and {self._contents[other]} answer alike; make them stronger")
 
-    async def run(self, operations: int, look: Callable[[int], None] | None = None, every: int = 100) -> None:
+    async def run(
+        self, operations: int, look: Callable[[int], None] | None = None, every: int = 100, limit_s: float = LIMIT_S
+    ) -> None:
         """So many operations, and requests beside them.
 
         Args:
-            operations: how many more.
+            operations: how many more; limit_s: or as many as take so long.
             look: called with the number of operations.
             every: so many of them.
         """
         end, watched = self.operations + operations, self.operations + every
+        deadline = time.monotonic() + limit_s
 
         async def work(worker: int) -> None:
             nonlocal watched
             state = _Names([f"{self._prefix}-{worker}-{index}" for index in range(NAMES)])
-            while self.operations < end and not self.wrong:
+            while self.operations < end and time.monotonic() < deadline and not self.wrong:
                 await self._operate(worker, state)
                 self.operations += 1
                 for name in self._random.sample(sorted(state.loaded), k=min(2, len(state.loaded))):
@@ -175,11 +180,21 @@ class Churn:
                 state.merged = None
             case "merge":
                 policy = self._random.choice(("compensate", "exclusive"))
-                await self._post(f"/v1/smoa/adapters/{name}/merge", {"policy": policy})
-                state.merged = name
+                if await self._move(name, "merge", {"policy": policy}):
+                    state.merged = name
             case _:
-                await self._post(f"/v1/smoa/adapters/{name}/{what}", {})
+                await self._move(name, what, {})
                 state.merged = None
+
+    async def _move(self, name: str, target: str, options: Mapping[str, Any]) -> bool:
+        """Whether it was moved: one that is evicted meanwhile is refused, and stays what it was."""
+        response = await self._client.post(f"/v1/smoa/adapters/{name}/{target}", json=options)
+        if response.status_code == httpx.codes.CONFLICT:
+            self.done[f"{target} refused"] += 1
+            return False
+        if not response.is_success:
+            raise ChurnError(f"{target} {name}: {response.status_code}: {response.text[:500]}")
+        return True
 
     async def _load(self, name: str, content: int, *, in_place: bool) -> None:
         body = {"lora_name": name, "lora_path": str(self._contents[content]), "load_inplace": in_place}

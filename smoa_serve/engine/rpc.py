@@ -91,7 +91,11 @@ def smoa_ready(worker: Any, requests: Collection[Any]) -> dict[str, Any]:
     Returns:
         failed: lora_int_id -> reasons; active: lora_int_id -> requested path, of all adapters in slots.
     """
+    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+
     workers_manager = worker.model_runner.lora_manager
+    if not isinstance(workers_manager, SmoaWorkerManager):  # vLLM's own loads inside the step
+        return {"failed": {}, "active": {request.lora_int_id: request.lora_path for request in requests}}
     return {"failed": workers_manager.ready(requests), "active": workers_manager.active}
 
 

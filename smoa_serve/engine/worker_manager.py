@@ -198,8 +198,8 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         }
 
     def set_active_adapters(self, requests: set[Any], mapping: LoRAMapping | None) -> None:
-        """Vllm's, once per step. What `ready` brought into a slot is what its number means in this step. Tokens whose
-        adapter failed there count as the base's; nobody gets to see what comes of them."""
+        """What vLLM calls once per step. Numbers mean what `ready` brought into the slots. Tokens whose adapter failed
+        there count as the base's; nobody gets to see what comes of them."""
         active = self.active
         requests = {
             msgspec.structs.replace(

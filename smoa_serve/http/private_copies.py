@@ -34,6 +34,12 @@ class PrivateCopies:
         self._lost: dict[str, str] = {}  # engine name -> why its copy cannot be made again
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
+    def note(self, revision: Revision) -> None:
+        """An adapter whose copy was read just now is about to be served."""
+        signature = _signature(revision.staged.path)
+        if signature is not None:
+            self._known[revision.engine_name] = signature
+
     async def check(self, revision: Revision) -> None:
         """A stat of each file; if anything about them changed, they are read, and made again where they are damaged."""
         name = revision.engine_name
@@ -62,7 +68,7 @@ class PrivateCopies:
             reason: what the engine says.
         """
         why = self._lost.get(engine_name, reason)
-        self.forget(engine_name)
+        self._known.pop(engine_name, None)
         return f"{why}\nIf it stays so, load it again: POST /v1/load_lora_adapter with load_inplace"
 
     def _is_known(self, revision: Revision) -> bool:

@@ -160,6 +160,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             raise AdapterError(name, self._engines_reasons(error)) from error
         self.revisions[name], self.lora_requests[name] = revision, request
         self._known[revision.engine_name] = revision
+        self._copies.note(revision)
         logger.info("Serving adapter %s: %s %s from %s", name, staged.kind, staged.digest[:16], requested_path)
         if previous is not None:
             self.remove_later(previous)
@@ -223,13 +224,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                     await answered(self.engine_client, self.engine_client.remove_lora(number), "remove_lora")
                     if not self._is_used(name):  # or else it was looked up before, and is read again
                         self._forget(name)
-                        return
+                        break
         except EngineGoneError:
             pass  # which vLLM reports itself
         except Exception:
             logger.exception("Adapter revision %s did not leave the engine", name)
         finally:
             self._draining.discard(name)
+        await asyncio.to_thread(heap.trim)  # what reading it took
 
     def _is_used(self, engine_name: str) -> bool:
         return bool(self._entering[engine_name] or in_flight(self.engine_client, engine_name))
@@ -244,7 +246,6 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._known.pop(engine_name, None)
         self._copies.forget(engine_name)
         forget_served(self.engine_client, engine_name)
-        heap.trim()  # what reading it took
         if visible_name(engine_name) not in self.revisions:
             forget_metrics(visible_name(engine_name))
         logger.info("Adapter revision %s left the engine", engine_name)

@@ -33,7 +33,8 @@ def account(tiny: Any) -> dict[str, Any]:
         "resident_bytes": status["resident_bytes"],
         "partition_bytes": status["partition_bytes"],
         "partitions": status["partitions"],
-        "adapter series": {name for name in names if "adapter" in name or "lora" in name},
+        "series": {name for name in names if "churn-" in name},
+        "series of names that run": sum(name.startswith("vllm:lora_requests_info{") for name in names),
     }
 
 

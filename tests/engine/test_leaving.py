@@ -52,6 +52,9 @@ def staged(path: Path) -> StagedAdapter:
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # vLLM's module first, as in a server: where the plugin is registered, its import brings ours.
+    import vllm.entrypoints.openai.models.serving  # noqa: F401
+
     from smoa_serve.http import serving_models
 
     monkeypatch.setattr(serving_models, "_DRAIN_POLL_S", 0.001)
