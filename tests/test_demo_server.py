@@ -108,7 +108,6 @@ def test_an_adapter_that_answers_as_the_base_is_an_error() -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error_of_ours() -> None:
-    pytest.importorskip("openai")
     with pytest.raises(AskError, match="APIConnectionError"):
         ask_all("http://127.0.0.1:9", "base", DEMO_PROMPTS, [Style.PLAIN])
 
