@@ -1,6 +1,6 @@
 """Fixtures shared by the kernel tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,9 +22,7 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def instruction_set(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
-) -> Iterator[str | None]:
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str | None]:
     """What the C++ kernel is limited to, in a test that is parametrised with it indirectly; None leaves it alone.
 
     The summary at the end counts the tests of each.
@@ -33,7 +31,7 @@ def instruction_set(
     if name is None:
         yield None
         return
-    record_property("instruction_set", name)
+    request.node.user_properties.append(("instruction_set", name))
     monkeypatch.setenv(cpp_build.LIMIT_VARIABLE, name)
     cost._cost_model.cache_clear()  # remembers the constants of what the environment allowed
     yield name
