@@ -237,7 +237,16 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny(vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiny_api() -> Any:
+    """The module tiny_api.py."""
+    return _load_module("tiny_api.py")
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory, tiny_api: Any
+) -> Iterator[Any]:
     """One server for all tests of the API, with more adapters than slots; see tiny_api.py."""
-    module = _load_module("tiny_api.py")
-    return module.start_tiny(vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("tiny"), start, TINY_ARGUMENTS)
+    folder = tmp_path_factory.mktemp("tiny")
+    yield tiny_api.start_tiny(vectors / "e2e/tiny-llama/base", folder, start, TINY_ARGUMENTS)
+    tiny_api.COMPARED.assert_enough()
