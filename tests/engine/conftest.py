@@ -209,11 +209,17 @@ def quantizing() -> Any:
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`with in_process(base, **engine_arguments) as engine`: an engine in this process, float32 and eager."""
     folder = tmp_path_factory.mktemp("in-process")
-    for name, value in (vllm_environment(folder) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
-        os.environ[name] = value
 
     @contextmanager
     def start_engine(base: Path, **arguments: Any) -> Iterator[Any]:
+        with pytest.MonkeyPatch.context() as patch:  # what later tests start does not inherit it
+            for name, value in (vllm_environment(folder) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
+                patch.setenv(name, value)
+            with run_engine(base, **arguments) as engine:
+                yield engine
+
+    @contextmanager
+    def run_engine(base: Path, **arguments: Any) -> Iterator[Any]:
         import torch
 
         from smoa_serve.plugin import register

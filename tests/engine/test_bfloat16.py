@@ -21,6 +21,7 @@ PROMPTS = ([5, 9, 40], [17, 80, 33, 2], [3, 60, 61, 90, 8, 12, 77, 31], [44, 45]
 FIRST, SECOND = "first", "second"
 # Beside the base product and the delta apart, which round as often or once more.
 MOST = 1.5
+FAR = 4  # times as far is an answer at least from what another adapter or the base would have said
 
 
 @dataclass
@@ -136,7 +137,10 @@ def ask(
     )
     found: dict[str | None, list[float]] = {}
     for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        found.setdefault(name, []).append(distance(exact[name], prompt, output.outputs[0]))
+        from_each = {one: distance(model, prompt, output.outputs[0]) for one, model in exact.items()}
+        own = from_each.pop(name)
+        assert min(from_each.values()) > FAR * own, (name, own, from_each)
+        found.setdefault(name, []).append(own)
     return {name: math.sqrt(sum(one * one for one in ones) / len(ones)) for name, ones in found.items()}
 
 
@@ -151,8 +155,7 @@ def test_every_way_is_as_near_to_float32_as_base_product_and_delta_apart(
     apart = distances["apart"] = ask(engine, adapters, exact, [FIRST, SECOND, FIRST, None])
     assert seen.one_pass == 0
     assert seen.apart > 0
-    for name in adapters:  # nearer to its own model than to another's by far
-        assert apart[name] < 0.1, distances
+    for name in adapters:  # beside the base, whose products are vLLM's own, a layer has one more of each kind
         assert apart[name] < 4 * apart[None], distances
 
     seen.clear()
