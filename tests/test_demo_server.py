@@ -68,7 +68,7 @@ def test_leaving_the_block_ends_the_server_and_its_children(tmp_path: Path) -> N
         child = int(server.log_lines()[0].split()[1])
         assert is_running(child)
         assert 0 < server.cpu_seconds() < 60
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(child)

@@ -199,7 +199,7 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
         os.kill(worker, signal.SIGKILL)
         for request, one in zip(requests, asked, strict=True):
             assert one.result().startswith("503 the engine ended"), request
-        server.process.wait(30)
+        server.process.wait(ENDS_S)
 
 
 def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:
