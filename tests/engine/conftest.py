@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 480
 
 
 @dataclass
