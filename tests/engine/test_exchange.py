@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 H_OUT, H_IN, FLIPS = 192, 448, 200
 ADDRESS_BYTES = 8
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+# With AVX2 only, oneDNN packs no bfloat16, and vLLM leaves such weights in the open.
+PACKED = [dtype for dtype in BITS if dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()]
 
 
 def random_weight(dtype: torch.dtype) -> Tensor:
@@ -51,7 +53,7 @@ def test_a_checksum_of_an_open_weight_sees_every_flipped_bit(dtype: torch.dtype)
     assert all(PlainExchange(flipped(weight, generator)).checksum() != before for _ in range(FLIPS))
 
 
-@pytest.mark.parametrize("dtype", list(BITS), ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_a_checksum_of_a_packed_weight_knows_the_handler_and_nearly_every_flipped_bit(
     dtype: torch.dtype,
 ) -> None:
