@@ -202,6 +202,7 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
         server.process.wait(ENDS_S)
 
 
+@pytest.mark.timeout(1800)  # three starts
 def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:
     rng = random.Random(SEED)
     expected: Answers = {}
