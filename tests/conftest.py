@@ -1,9 +1,10 @@
-"""Fixtures for all tests: recorded numbers, private cache folders, tiny base checkpoints."""
+"""For all tests: none skips in silence; recorded numbers, private cache folders, tiny base checkpoints."""
 
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,53 @@ hypothesis.settings.load_profile("repeatable")
 
 # Read when torch is first imported: with busy-waiting threads small SVDs take up to 90 times longer on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests about the CPU engine do not exist where vLLM would serve on a GPU."""
+    about_cpu = [item for item in items if item.get_closest_marker("cpu")]
+    if about_cpu and _has_gpu():
+        config.hook.pytest_deselected(items=about_cpu)
+        items[:] = [item for item in items if item not in about_cpu]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that skips has failed: what it needs is part of `make setup`. Only a GPU may be missing."""
+    report = yield
+    if not item.get_closest_marker("gpu"):
+        _refuse_to_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for whole files."""
+    report = yield
+    _refuse_to_skip(report)
+    return report
+
+
+def _refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr if isinstance(report.longrepr, tuple) else (report.longrepr,)
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nOnly tests marked `gpu` may skip; see Markers in CONTRIBUTING.md."
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which instruction sets the C++ kernel was tested under; see tests/kernels/conftest.py."""
+    passed = terminalreporter.getreports("passed")
+    ran = Counter(value for report in passed for name, value in report.user_properties if name == "instruction_set")
+    if ran:
+        found = ", ".join(f"{name} {count}" for name, count in sorted(ran.items()))
+        terminalreporter.write_line(f"C++ kernel, tests passed by instruction set: {found}")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("peft")
 from benchmarks import method_report
 from benchmarks.method_models import DORA, GRID, HIRA, LORA, METHODS, SHUFFLED, SMOA, Fit, adapt
 from benchmarks.method_reach import family_reach, reach_of

@@ -1,11 +1,8 @@
 """The training benchmark compares like with like, and sees the memory it is about."""
 
-import sys
-
 import pytest
 import torch
 
-pytest.importorskip("peft")
 from benchmarks import training
 from benchmarks.training_models import DenseFormulation, peak_bytes
 from smoa_serve.peft import SMoAConfig, SMoALinear
@@ -30,7 +27,6 @@ def test_the_dense_formulation_is_the_same_layer(rank: int, num_blocks: int) -> 
         torch.testing.assert_close(b_k, b.grad)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_of_a_step_is_seen_after_it_is_freed() -> None:
     def step(megabytes: int) -> float:
         return float(torch.ones(megabytes, 250_000).sum())

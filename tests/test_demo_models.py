@@ -18,8 +18,6 @@ from smoa_serve.demo.data import Batch
 from smoa_serve.demo.training import LogitsOf, Schedule, TrainingError
 from smoa_serve.formats import detect_kind, load_adapter
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 SMALL = base_model.BaseShape(
     hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
 )

@@ -68,7 +68,7 @@ def test_leaving_the_block_ends_the_server_and_its_children(tmp_path: Path) -> N
         child = int(server.log_lines()[0].split()[1])
         assert is_running(child)
         assert 0 < server.cpu_seconds() < 60
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(child)
@@ -108,7 +108,6 @@ def test_an_adapter_that_answers_as_the_base_is_an_error() -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error_of_ours() -> None:
-    pytest.importorskip("openai")
     with pytest.raises(AskError, match="APIConnectionError"):
         ask_all("http://127.0.0.1:9", "base", DEMO_PROMPTS, [Style.PLAIN])
 

@@ -139,7 +139,6 @@ def test_the_base_has_read_its_books(copied: DemoModels) -> None:
 @pytest.mark.parametrize("style", [Style.PLAIN, *(recipe.style for recipe in RECIPES)], ids=str)
 def test_they_know_their_answers_by_heart(copied: DemoModels, style: Style) -> None:
     """In float32; the engine's own test asks the served models."""
-    pytest.importorskip("peft")
     import torch
 
     from smoa_serve.demo.base_model import load_base, logits

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from smoa_kernels import StepPlan, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, CostModel, cost_model
 from smoa_kernels.cpp_ops import smoa_delta_cpp, smoa_linear_cpp
-from smoa_kernels.testing import TOLERANCES, assert_close
+from smoa_kernels.reference import smoa_delta_reference
+from smoa_kernels.testing import TOLERANCES
 from smoa_kernels.torch_ops import smoa_delta_torch
 from torch import Tensor
 
 from benchmarks.dense import DenseWay, published_branches
+from benchmarks.gates import assert_rounded
 from benchmarks.kernels import plain
 from benchmarks.kernels.cases import EQUAL, Case
 from benchmarks.kernels.floor import Ceilings, expand_work, modulate_work
@@ -195,7 +197,7 @@ def plain_calls(step: Step, implementation: str, ceilings: Ceilings) -> tuple[di
 
 
 def gate(step: Step, calls: dict[str, Call]) -> None:
-    """No number without a right result: some tokens against the reference, all of them against the first call's.
+    """Some tokens against float32; the rows of all of them against the first call's.
 
     Args:
         step: the case.
@@ -204,24 +206,30 @@ def gate(step: Step, calls: dict[str, Call]) -> None:
     Raises:
         AssertionError: a call computes something else.
     """
-    active = np.flatnonzero(step.slots >= 0)
-    if not len(active):
+    chosen, exact = _exact(step)
+    if not len(chosen):
         return
-    chosen = active[np.unique(np.linspace(0, len(active) - 1, GATE_TOKENS).astype(np.int64))]
-    some = np.full_like(step.slots, -1)
-    some[chosen] = step.slots[chosen]
-    expected, bank = torch.zeros_like(step.y), next(iter(step.layers.copies[0].banks.values()))
-    smoa_delta(expected, step.x, bank, step.plan(some), "reference")
     first: Tensor | None = None
     for name, call in calls.items():
         step.y.zero_()
         call(0)
         try:
-            assert_close(step.y[chosen], expected[chosen])
+            assert_rounded(name, step.y[chosen], exact)
             _assert_rows_close(step.y, step.y if first is None else first)
         except AssertionError as error:
             raise AssertionError(f"{name} computes another delta for {step.case.row()}: {error}") from error
         first = step.y.clone() if first is None else first
+
+
+def _exact(step: Step) -> tuple[NDArray[np.int64], Tensor]:
+    """Some of the tokens that have an adapter, and their deltas in float32."""
+    active = np.flatnonzero(step.slots >= 0)
+    chosen = active[np.unique(np.linspace(0, len(active) - 1, GATE_TOKENS).astype(np.int64))] if len(active) else active
+    some = np.full_like(step.slots, -1)
+    some[chosen] = step.slots[chosen]
+    exact, bank = step.y.float().zero_(), next(iter(step.layers.copies[0].banks.values()))
+    smoa_delta_reference(exact, step.x, bank, step.plan(some))
+    return chosen, exact[chosen]
 
 
 def _assert_rows_close(actual: Tensor, expected: Tensor) -> None:
@@ -232,16 +240,20 @@ def _assert_rows_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def gate_single_pass(step: Step, single_pass: Call, delta: Call) -> None:
-    """The single pass against the base product and a delta that has passed its own gate.
+    """Some tokens of the single pass against float32; the rows of all of them against the base product and a delta that
+    has passed its own gate.
 
     Raises:
         AssertionError: it computes something else.
     """
-    step.y.copy_(F.linear(step.x, step.layers.copies[0].weight))
+    weight = step.layers.copies[0].weight
+    step.y.copy_(F.linear(step.x, weight))
     delta(0)
     found = single_pass(0)
     assert isinstance(found, Tensor)
-    assert_close(found, step.y)
+    chosen, exact = _exact(step)
+    assert_rounded("the single pass", found[chosen], F.linear(step.x[chosen].float(), weight.float()) + exact)
+    _assert_rows_close(found, step.y)
 
 
 def _expand_s(case: Case, ceilings: Ceilings) -> float:

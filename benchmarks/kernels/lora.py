@@ -27,6 +27,10 @@ class LoraFactors:
     a: tuple[Tensor, ...]
     b: tuple[Tensor, ...]
 
+    def float(self) -> "LoraFactors":
+        """The same in float32."""
+        return LoraFactors(tuple(a.float() for a in self.a), tuple(b.float() for b in self.b))
+
 
 def random_factors(case: Case, slots: int, device: torch.device, dtype: torch.dtype) -> LoraFactors:
     """Gaussian factors of rank r/K."""

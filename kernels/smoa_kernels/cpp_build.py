@@ -31,6 +31,8 @@ ELEMENTS: Mapping[torch.dtype, str] = MappingProxyType(
 # libgomp.so.1 is the one that torch has loaded: one pool of threads, of the size that torch was told.
 COMPILER_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 BUILD_SECONDS = 300
+# Names the best instruction set that may be used, one of INSTRUCTION_SETS.
+LIMIT_VARIABLE = "SMOA_KERNELS_ISA"
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,15 @@ _AVX512_BF16 = InstructionSet((*_AVX512.cpu_flags, "avx512_bf16"), (*_AVX512.com
 _AMX_BF16 = InstructionSet(
     (*_AVX512_BF16.cpu_flags, "amx_tile", "amx_bf16"), (*_AVX512_BF16.compiler_flags, "-mamx-tile", "-mamx-bf16")
 )
+_TILES = "amx_bf16"
 # Best first.
 INSTRUCTION_SETS: Mapping[str, InstructionSet] = MappingProxyType(
-    {"amx_bf16": _AMX_BF16, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
+    {_TILES: _AMX_BF16, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
 )
+
+
+# Some systems keep the tile unit from processes.
+_NOT_PERMITTED = f"the system does not let this process use {_TILES}"
 
 
 class BuildError(ImplementationError):
@@ -61,12 +68,16 @@ class BuildError(ImplementationError):
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the C++ kernel cannot serve this device and dtype here, None when it can. Builds it at need."""
+    """Why the C++ kernel cannot serve this device and dtype here, None when it can. Builds it at need.
+
+    Raises:
+        BuildError: SMOA_KERNELS_ISA asks for what does not exist here.
+    """
     if device_type != "cpu":
         return "it serves the CPU only"
     if dtype not in ELEMENTS:
         return f"it takes {', '.join(str(known) for known in ELEMENTS)}, not {dtype}"
-    return _load(dtype, None)[1]
+    return _load(dtype, None, _limit())[1]
 
 
 def library(dtype: torch.dtype, instruction_set: str | None = None) -> ctypes.CDLL:
@@ -74,12 +85,12 @@ def library(dtype: torch.dtype, instruction_set: str | None = None) -> ctypes.CD
 
     Args:
         dtype: one of ELEMENTS.
-        instruction_set: one of INSTRUCTION_SETS; None = the best one that the CPU has.
+        instruction_set: one of INSTRUCTION_SETS; None = the best one that the CPU has, up to SMOA_KERNELS_ISA.
 
     Raises:
         BuildError: it cannot be built or loaded here.
     """
-    loaded, reason = _load(dtype, instruction_set)
+    loaded, reason = _load(dtype, instruction_set, _limit())
     if loaded is None:
         raise BuildError(f"the C++ kernel cannot run: {reason}.")
     return loaded
@@ -94,15 +105,44 @@ def uses_tiles(dtype: torch.dtype) -> bool:
     return bool(library(dtype).smoa_uses_tiles())
 
 
-def supported_instruction_sets() -> tuple[str, ...]:
-    """Names of the instruction sets that the kernel can be built for and this CPU has, best first."""
-    return tuple(name for name in INSTRUCTION_SETS if not _missing_flags(name))
+def supported_instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the instruction sets that serve an element type here, best first, up to SMOA_KERNELS_ISA.
+
+    Raises:
+        BuildError: SMOA_KERNELS_ISA asks for what does not exist here.
+    """
+    names = _candidates(dtype, _limit())
+    return tuple(name for name in names if name != _TILES or _load(dtype, name, None)[1] != _NOT_PERMITTED)
+
+
+def _candidates(dtype: torch.dtype, limit: str | None) -> tuple[str, ...]:
+    """Those that the CPU has, best first; the tile unit multiplies bf16 only."""
+    names = list(INSTRUCTION_SETS)
+    allowed = names[names.index(limit) :] if limit else names
+    return tuple(name for name in allowed if not _missing_flags(name) and (name != _TILES or dtype is torch.bfloat16))
+
+
+def _limit() -> str | None:
+    """What SMOA_KERNELS_ISA says, None where it says nothing. It is no wish that something else may stand in for."""
+    limit = os.environ.get(LIMIT_VARIABLE)
+    if not limit:
+        return None
+    if limit not in INSTRUCTION_SETS:
+        raise BuildError(f"{LIMIT_VARIABLE}={limit!r} is unknown; allowed: {', '.join(INSTRUCTION_SETS)}.")
+    missing = _missing_flags(limit)
+    if missing:
+        present = [name for name in INSTRUCTION_SETS if not _missing_flags(name)]
+        here = ", ".join(present) or "none, unset it"
+        raise BuildError(f"{LIMIT_VARIABLE}={limit}: the CPU lacks {', '.join(missing)}; allowed here: {here}.")
+    return limit
 
 
 @cache
-def _load(dtype: torch.dtype, instruction_set: str | None) -> tuple[ctypes.CDLL | None, str | None]:
+def _load(dtype: torch.dtype, instruction_set: str | None, limit: str | None) -> tuple[ctypes.CDLL | None, str | None]:
     """The kernel, or why there is none: tried once a process."""
-    chosen = instruction_set or _best_instruction_set(dtype)
+    candidates = _candidates(dtype, limit)
+    # Where there is no candidate the least demanding one is tried all the same: its reason names what is missing.
+    chosen = instruction_set or (*candidates, list(INSTRUCTION_SETS)[-1])[0]
     try:
         loaded = ctypes.CDLL(str(_build(dtype, chosen)))
     except (BuildError, OSError) as error:
@@ -110,15 +150,9 @@ def _load(dtype: torch.dtype, instruction_set: str | None) -> tuple[ctypes.CDLL 
         return None, str(error)
     if loaded.smoa_permitted():
         return loaded, None
-    if instruction_set is None:  # some systems keep the tile unit from processes; the registers are everybody's
-        return _load(dtype, _best_instruction_set(None))
-    return None, f"the system does not let this process use {chosen}"
-
-
-def _best_instruction_set(dtype: torch.dtype | None) -> str:
-    """The best one that the CPU has for an element type, the least demanding one if it has none."""
-    useful = [name for name in supported_instruction_sets() if dtype is torch.bfloat16 or name != "amx_bf16"]
-    return (*useful, list(INSTRUCTION_SETS)[-1])[0]
+    if instruction_set is None and candidates[1:]:  # the registers are everybody's
+        return _load(dtype, candidates[1], limit)
+    return None, _NOT_PERMITTED
 
 
 def _missing_flags(instruction_set: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -112,7 +111,6 @@ class _Call:
                 scratch = plan.scratch(needed)
 
 
-@cache
 def _kernel(dtype: torch.dtype, instruction_set: str | None) -> ctypes.CDLL:
     kernel = library(dtype, instruction_set)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
@@ -158,7 +156,7 @@ def smoa_delta_cpp(
     Args:
         y, x, bank, plan: as in `dispatch.smoa_delta`.
         cost: chooses the way of each adapter group; None = the bank's.
-        instruction_set: one of `cpp_build.INSTRUCTION_SETS`; None = the best one that the CPU has.
+        instruction_set: one of `cpp_build.INSTRUCTION_SETS`; None = what `cpp_build.library` chooses.
 
     Raises:
         ImplementationError: the kernel cannot be built here, or the bank's blocks are not packed for it.

@@ -9,12 +9,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.cpp_build import supported_instruction_sets
+from smoa_kernels.implementations import available_implementations
 from smoa_kernels.slots import MergedBlock
 from smoa_kernels.update import SliceUpdate
 
 WORKLOADS = ("distinct", "uniform", "zipf", "identical", "skewed")
 # Error allowed per dtype, as a share of each entry and of the root mean square of all entries.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def cpu_cases() -> list[tuple[str, torch.dtype, str | None]]:
+    """(implementation, dtype, instruction set) of all that can serve on this CPU.
+
+    The C++ kernel stands there once for each instruction set that serves the dtype, to be limited to it by
+    SMOA_KERNELS_ISA; the others have None.
+    """
+    return [
+        (name, dtype, instruction_set)
+        for dtype in TOLERANCES
+        for name in available_implementations("cpu", dtype)
+        for instruction_set in (supported_instruction_sets(dtype) if name == "cpp" else (None,))
+    ]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ TUNED = {
 
 
 def test_results_are_published_with_their_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     result, tuned = tmp_path / "kernels.jsonl", tmp_path / "tune.jsonl"
     result.write_text("".join(json.dumps(row) + "\n" for row in rows()))
     tuned.write_text(json.dumps(TUNED) + "\n")

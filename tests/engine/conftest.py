@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 480
 
 
 @dataclass
@@ -215,11 +215,17 @@ def quantizing() -> Any:
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`with in_process(base, **engine_arguments) as engine`: an engine in this process, float32 and eager."""
     folder = tmp_path_factory.mktemp("in-process")
-    for name, value in (vllm_environment(folder) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
-        os.environ[name] = value
 
     @contextmanager
     def start_engine(base: Path, **arguments: Any) -> Iterator[Any]:
+        with pytest.MonkeyPatch.context() as patch:  # what later tests start does not inherit it
+            for name, value in (vllm_environment(folder) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
+                patch.setenv(name, value)
+            with run_engine(base, **arguments) as engine:
+                yield engine
+
+    @contextmanager
+    def run_engine(base: Path, **arguments: Any) -> Iterator[Any]:
         import torch
 
         from smoa_serve.plugin import register
@@ -243,7 +249,16 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny(vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiny_api() -> Any:
+    """The module tiny_api.py."""
+    return _load_module("tiny_api.py")
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    vectors: Path, start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory, tiny_api: Any
+) -> Iterator[Any]:
     """One server for all tests of the API, with more adapters than slots; see tiny_api.py."""
-    module = _load_module("tiny_api.py")
-    return module.start_tiny(vectors / "e2e/tiny-llama/base", tmp_path_factory.mktemp("tiny"), start, TINY_ARGUMENTS)
+    folder = tmp_path_factory.mktemp("tiny")
+    yield tiny_api.start_tiny(vectors / "e2e/tiny-llama/base", folder, start, TINY_ARGUMENTS)
+    tiny_api.COMPARED.assert_enough()

@@ -26,7 +26,7 @@ def test_vllm_bench_serve_with_several_adapters_has_no_failure(tiny: Any, tmp_pa
         *("--lora-assignment", "round-robin", "--lora-modules", *tiny.adapters),
     ]
     environment = os.environ | {"OPENAI_API_KEY": tiny.server.api_key, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=800, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"]) == (PROMPTS, 0)

@@ -19,7 +19,9 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-CRASHES = int(os.environ.get("SMOA_TEST_CRASHES", "1"))  # how often it is killed; each costs a start
+# Which process is killed, one after the other; each costs a start.
+KILLED = ("Worker", "EngineCore") * int(os.environ.get("SMOA_TEST_CRASHES", "1"))
+SEED = int(os.environ.get("SMOA_TEST_CRASH_SEED", "0"))  # of the moments
 ADAPTERS = {"smoa": ("smoa", (4, 4)), "hira": ("hira", (4,)), "lora": ("lora", (8,))}
 MERGED = "smoa"
 PROMPTS = ([5, 17, 99, 3, 40], [88, 2, 61])
@@ -27,7 +29,8 @@ TOKENS = 12
 MOVE_S = 5.0  # a move whose engine died under it may never be answered; the client gives up
 ASKED_S = 2.0  # long enough for a request to reach an engine that does not answer
 GIVE_UP_S = 40.0
-WITHIN_S = 0.5  # the kill comes at a random moment of so many seconds of merging and un-merging
+WITHIN_S = 0.5  # the kill comes at a seeded moment of so many seconds of merging and un-merging
+ENDS_S = 60.0  # until everybody knows
 Answers = dict[tuple[str, int], tuple[list[int], list[float]]]
 
 
@@ -122,9 +125,9 @@ class Mover(threading.Thread):
             return  # the engine is dead
 
 
-def stream(server: Any) -> None:
+def stream(server: Any, model: str = "base") -> None:
     """Keeps the engine at work; ends with it."""
-    body = {"model": "base", "prompt": [1], "max_tokens": 250, "ignore_eos": True}
+    body = {"model": model, "prompt": [1], "max_tokens": 250, "ignore_eos": True}
     try:
         while server.post("/v1/completions", body).is_success:
             pass
@@ -142,17 +145,22 @@ def answered(server: Any) -> bool:
 
 
 def crash(server: Any, kind: str, delay_s: float) -> None:
-    """Kill a process so long after the first merge began; nothing is answered from then on."""
-    threading.Thread(target=stream, args=(server,), daemon=True).start()
+    """Kill a process so long after the first merge began, while everybody streams; every client is told, nothing is
+    answered from then on, and the API server ends."""
+    streams = [threading.Thread(target=stream, args=(server, name), daemon=True) for name in ("base", *ADAPTERS)]
+    for one in streams:
+        one.start()
     process, mover = process_of(server, kind), Mover(server)
     mover.start()
     mover.moving.wait()
     time.sleep(delay_s)
     os.kill(process, signal.SIGKILL)
-    mover.join(60)
-    assert not mover.is_alive()
+    deadline = time.monotonic() + ENDS_S
+    for thread in (mover, *streams):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), "a client was never told"
     assert not answered(server)
-    server.process.wait(60)  # the API server ends by itself
+    server.process.wait(ENDS_S)
 
 
 def ask(server: Any, method: str, path: str, body: dict[str, Any] | None) -> str:
@@ -195,22 +203,24 @@ def test_whoever_waits_for_an_engine_that_ends_is_told_and_the_server_ends(
         os.kill(worker, signal.SIGKILL)
         for request, one in zip(requests, asked, strict=True):
             assert one.result().startswith("503 the engine ended"), request
-        server.process.wait(30)
+        server.process.wait(ENDS_S)
 
 
+@pytest.mark.timeout(1800)  # three starts
 def test_a_restarted_engine_serves_the_base_weights(disk: Disk, serving: Callable[..., Any]) -> None:
-    rng = random.Random()
+    rng = random.Random(SEED)
     expected: Answers = {}
     before: dict[str, str] = {}
     killed = "nothing killed yet"
-    for index in range(CRASHES + 1):
+    for kind in (*KILLED, None):
         with served(disk, serving) as server:
             found = answers(server)
             expected, before = expected or found, before or disk.digests()
             assert found == expected, killed
             assert {entry["residence"] for entry in server.adapters().values()} == {"slot"}
-            if index < CRASHES:
-                kind, delay_s = ("Worker", "EngineCore")[index % 2], rng.uniform(0, WITHIN_S)
-                killed = f"{kind} killed {delay_s:.4f} s after a merge began"
+            if kind is not None:
+                delay_s = rng.uniform(0, WITHIN_S)
+                killed = f"SMOA_TEST_CRASH_SEED={SEED}: {kind} killed {delay_s:.4f} s after a merge began"
+                print(killed)  # noqa: T201
                 crash(server, kind, delay_s)
         assert disk.digests() == before, killed

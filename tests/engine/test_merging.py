@@ -1,14 +1,13 @@
 """An adapter in the base weights: everybody's answers stay their own, and the weights come back bit for bit."""
 
+import itertools
 import random
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from smoa_kernels import cpp_build
 from smoa_kernels.cost import CPP_COST, TILES_COST, CostModel
 
@@ -113,7 +112,7 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
     report = stage(engine, merged)
     assert report["finished"] == report["layers"] > 0
     assert max(report["lost"].values()) < 1e-5  # of float32
-    engine.collective_rpc("smoa_merge", args=(policy,))
+    assert "raised" not in engine.collective_rpc("smoa_merge", args=(policy,))[0]
     assert residence(engine)[str(number(merged))] == "merged"
     rng = random.Random(3)
     try:
@@ -124,34 +123,39 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
             assert_own_answers(engine, solo, adapters, keys)
             assert_own_answers(engine, solo, adapters, [key for key in keys if key[0] != merged])
     finally:
-        engine.collective_rpc("smoa_demote", args=(number(merged),))
+        assert engine.collective_rpc("smoa_demote", args=(number(merged),)) == [{}]
     for key in solo:
         (answer,) = ask(engine, [key], adapters)
         assert logprobs(answer) == logprobs(solo[key]), f"{key}: the base is not what it was"
 
 
-def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo, adapters):
+def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo, adapters, monkeypatch):
+    # The clock ticks when it is read: each call does one piece of work, however fast the machine is.
+    ticks = itertools.count()
+    monkeypatch.setattr("smoa_serve.engine.merging.monotonic", lambda: next(ticks))
     reports = []
     while not reports or not reports[-1]["ready"]:
-        (report,) = engine.collective_rpc("smoa_stage", args=(number("smoa-8-2"), "merged", 0.0005))
+        (report,) = engine.collective_rpc("smoa_stage", args=(number("smoa-8-2"), "merged", 1.5))
         reports.append(report)
         if len(reports) == 3:  # other adapters need its slot meanwhile
             assert_own_answers(engine, solo, adapters, [(name, 0) for name in ("smoa-6-4", "hira-4", "lora-8")])
-    assert len(reports) > 5
-    engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+    finished = [report["finished"] for report in reports[4:]]
+    assert finished == sorted(finished)
+    assert set(finished) == set(range(reports[-1]["layers"] + 1))
+    assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), (None, 0)])
 
 
 def test_an_adapter_read_while_another_is_merged_gets_the_original_blocks(engine, solo, adapters):
     """Its blocks of W are read at that time, and the layer serves another weight."""
     stage(engine, "smoa-8-2")
-    engine.collective_rpc("smoa_merge", args=("compensate",))
+    assert "raised" not in engine.collective_rpc("smoa_merge", args=("compensate",))[0]
     try:
         for name in ("hira-4", "smoa-6-4"):
             engine.collective_rpc(_forget_partitions)
             assert_own_answers(engine, solo, adapters, [(name, 1), (None, 0), ("smoa-8-2", 2)])
     finally:
-        engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+        assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
 
 
 def _forget_partitions(worker: Any) -> None:
@@ -173,7 +177,7 @@ def test_resident_blocks_serve_and_go_with_the_slot(engine, solo, adapters):
     assert status["residence"][str(number("smoa-6-4"))] == "resident"
     assert status["resident_bytes"][str(number("smoa-6-4"))] > 0
     assert_own_answers(engine, solo, adapters, [("smoa-6-4", 0), ("smoa-6-4", 2), (None, 1), ("hira-4", 1)])
-    engine.collective_rpc("smoa_demote", args=(number("smoa-6-4"),))
+    assert engine.collective_rpc("smoa_demote", args=(number("smoa-6-4"),)) == [{}]
     assert residence(engine)[str(number("smoa-6-4"))] == "slot"
     stage(engine, "smoa-6-4", "resident")
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), ("hira-4", 1), ("lora-8", 1)])  # take all three slots
@@ -194,9 +198,9 @@ def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
     (report,) = engine.collective_rpc("smoa_merge", args=("compensate",))
     assert "the adapter is not staged yet" in report["raised"]
     stage(engine, "smoa-8-2")
-    engine.collective_rpc("smoa_merge", args=("compensate",))
+    assert "raised" not in engine.collective_rpc("smoa_merge", args=("compensate",))[0]
     assert refused("hira-4") == ["another adapter is merged; un-merge it first"]
-    engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
+    assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0)])
 
 
@@ -236,9 +240,12 @@ def test_a_thousand_cycles_leave_the_weights_as_they_were(engine, solo, adapters
             if merged is None:
                 merged = rng.choice(MERGEABLE)
                 stage(engine, merged)
-                engine.collective_rpc("smoa_merge", args=(rng.choice(["compensate", "exclusive"]),))
+                assert (
+                    "raised"
+                    not in engine.collective_rpc("smoa_merge", args=(rng.choice(["compensate", "exclusive"]),))[0]
+                )
             else:
-                engine.collective_rpc("smoa_demote", args=(number(merged),))
+                assert engine.collective_rpc("smoa_demote", args=(number(merged),)) == [{}]
                 merged, cycles = None, cycles + 1
         for output in core.step():
             if output.finished:
@@ -246,30 +253,6 @@ def test_a_thousand_cycles_leave_the_weights_as_they_were(engine, solo, adapters
                 assert list(output.outputs[0].token_ids) == list(solo[key].token_ids)[:8], (cycles, merged, key)
                 answered += 1
     assert answered > cycles_wanted / 2
-
-
-def test_a_changed_weight_ends_the_engine(engine, solo, adapters):
-    """Last of this module: nothing may be served after it."""
-    stage(engine, "smoa-8-2")
-    engine.collective_rpc("smoa_merge", args=("compensate",))
-    ask(engine, [(None, 0)], adapters)
-    engine.collective_rpc(_damage)
-    (report,) = engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),))
-    assert re.search(r"1 base weights are not what they were.*restart the server", report["raised"])
-    with pytest.raises(Exception, match="not what they were"):
-        ask(engine, [(None, 0)], adapters)
-
-
-@torch.inference_mode()
-def _damage(worker: Any) -> None:
-    """What a bug would do: the saved original of one layer is not the original."""
-    merger = worker.model_runner.lora_manager._adapter_manager.merger
-    exchange = next(iter(merger._exchanges.values()))
-    name = next(iter(merger._exchanges))
-    if hasattr(exchange, "_blocks"):
-        exchange._blocks[0][2].view(-1)[0] += 1e-6
-    else:
-        merger._checksums[name] = b"another"
 
 
 def test_layers_that_cannot_be_merged_are_named_once_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:

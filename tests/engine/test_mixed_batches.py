@@ -134,20 +134,3 @@ def test_published_orders_and_portable_files_serve_the_same(vectors: Path, engin
     paths = {"published": vectors / adapter["safetensors_dir"]}
     answer = generate(engine, [("published", index["prompts"][0])], {f"pad{i}": Path() for i in range(20)} | paths)[0]
     assert list(answer.token_ids[: len(adapter["greedy"][0])]) == adapter["greedy"][0]
-
-
-# Last: when an engine of this process ends, vLLM's parallel groups end for all.
-def test_a_compiled_model_gives_the_answers_of_the_eager_one(
-    engine: Any, adapters: dict[str, Path], vectors: Path, in_process: Callable[..., Any]
-) -> None:
-    """vLLM compiles no CPU model with LoRA; here it may, as all that depends on the batch is behind opaque ops."""
-    asked, names = prompts(3), [None, *list(adapters)[:6]]
-    batches = [[(name, prompt) for name in names[shift:] + names[:shift]] for shift, prompt in enumerate(asked)]
-    # Traced with nothing but the base in the batch, then with LoRA alone, then mixed.
-    batches = [[(None, asked[0])], [("lora-8", asked[1])], *batches]
-    expected = [[list(answer.token_ids) for answer in generate(engine, batch, adapters)] for batch in batches]
-    compiled_arguments = {"enable_lora": True, "max_loras": 6, "max_cpu_loras": 6, "enforce_eager": False}
-    with in_process(vectors / "e2e/tiny-llama/base", **compiled_arguments, **SHORT_STEPS) as compiled:
-        assert compiled.llm_engine.vllm_config.compilation_config.mode != 0
-        found = [[list(answer.token_ids) for answer in generate(compiled, batch, adapters)] for batch in batches]
-    assert found == expected

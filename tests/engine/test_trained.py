@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.filterwarnings("ignore::UserWarning")]
 TOKENS = 24
 METHODS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,8 @@ LOGPROB_TOLERANCE = 1e-3
 GREEDY_MARGIN = 0.02
 VOCABULARY = 128
 MODELS = ("tiny-llama", "tiny-qwen2")
+# Greedy tokens of the other one were recorded in bfloat16, whose rounding exceeds the margins.
+FLOAT32_MODELS = ("tiny-llama",)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -78,10 +80,10 @@ def recorded(entry: dict[str, Any], name: str, index: int) -> torch.Tensor:
     return logits.float().view(-1, VOCABULARY)
 
 
+@pytest.mark.parametrize("served", FLOAT32_MODELS, indirect=True)
 def test_greedy_tokens_are_the_recorded_ones_where_the_margin_is_clear(served: tuple[Any, dict[str, Any]]) -> None:
     server, entry = served
-    if entry["base_dtype"] != "float32":
-        pytest.skip("greedy tokens of this model were recorded in bfloat16, whose rounding exceeds the margins")
+    assert entry["base_dtype"] == "float32"
     client = server.client()
     compared = 0
     recordings = {a["name"]: list(zip(a["greedy"], a["greedy_min_margin"], strict=True)) for a in entry["adapters"]}

@@ -25,6 +25,33 @@ MAX_TOKENS = 16384
 # Below this distance between the best two tokens, the rounding of a batch may decide which one is chosen.
 NEAR_TIE = 1e-3
 LOGPROB_TOLERANCE = 1e-3
+# Tokens of an answer that have to be compared before such a tie, and the share of all tokens of a session.
+LEAST_TOKENS, LEAST_SHARE = 2, 0.9
+
+
+@dataclass
+class Compared:
+    """How much was compared; what follows another token cannot be.
+
+    Attributes:
+        asked: tokens of all answers that were found to be the expected ones; compared: those before a near tie.
+    """
+
+    asked: int = 0
+    compared: int = 0
+
+    def count(self, asked: int, compared: int) -> None:
+        """One answer."""
+        self.asked, self.compared = self.asked + asked, self.compared + compared
+
+    def assert_enough(self) -> None:
+        """At the end of a session."""
+        assert self.compared >= LEAST_SHARE * self.asked, (
+            f"near ties left {self.asked - self.compared} of {self.asked} tokens uncompared; choose other prompts"
+        )
+
+
+COMPARED = Compared()
 
 
 @dataclass(frozen=True)
@@ -41,16 +68,28 @@ class Answer:
     logprobs: list[float]
     margins: list[float]
 
-    def differs(self, expected: "Answer") -> str | None:
-        """Where this is not the expected answer; None when it is, up to a near tie."""
+    def differs(self, expected: "Answer", compared: Compared = COMPARED) -> str | None:
+        """Where this is not the expected answer; None when it is, up to a near tie.
+
+        Args:
+            expected: what is right.
+            compared: counts what was compared.
+        """
         if len(self.tokens) != len(expected.tokens):
             return f"{len(self.tokens)} tokens instead of {len(expected.tokens)}"
         for place, token in enumerate(self.tokens):
-            if token != expected.tokens[place]:
-                tie = expected.margins[place] < NEAR_TIE
-                return None if tie else f"at {place}: {self.tokens} instead of {expected.tokens}"
-            if abs(self.logprobs[place] - expected.logprobs[place]) > LOGPROB_TOLERANCE:
+            same = token == expected.tokens[place]
+            if not same and expected.margins[place] >= NEAR_TIE:
+                return f"at {place}: {self.tokens} instead of {expected.tokens}"
+            allowed = LOGPROB_TOLERANCE + (0 if same else NEAR_TIE)
+            if abs(self.logprobs[place] - expected.logprobs[place]) > allowed:
                 return f"at {place}: logprob {self.logprobs[place]} instead of {expected.logprobs[place]}"
+            if not same:
+                if place < LEAST_TOKENS:
+                    return f"at {place}: a near tie leaves nothing to compare; choose another prompt"
+                compared.count(len(self.tokens), place)
+                return None
+        compared.count(len(self.tokens), len(self.tokens))
         return None
 
     def first(self, count: int) -> "Answer":

@@ -1,16 +1,24 @@
 """Every implementation against the reference."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, SliceUpdate, StepPlan, available_implementations, smoa_delta
+from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, CostModel
-from smoa_kernels.cpp_build import supported_instruction_sets
 from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.reference import smoa_delta_reference
-from smoa_kernels.testing import WORKLOADS, assert_close, random_blocks, random_layer, random_update, workload
+from smoa_kernels.testing import (
+    WORKLOADS,
+    assert_close,
+    cpu_cases,
+    random_blocks,
+    random_layer,
+    random_update,
+    workload,
+)
 from smoa_kernels.torch_ops import smoa_delta_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,18 +50,26 @@ OPS: dict[str, Op] = {
         "-mixed": resident(op, ALL_WAYS, every=3),
     }.items()
 }
-for instruction_set in supported_instruction_sets()[1:]:  # the first one is what "cpp" runs
-    OPS[f"cpp-{instruction_set}"] = resident(
-        partial(smoa_delta_cpp, instruction_set=instruction_set), ALL_WAYS, every=3
-    )
+# Every way of the C++ kernel under every instruction set that the CPU has.
 CASES = [
-    (name, dtype) for name in OPS for dtype in DTYPES if name.split("-")[0] in available_implementations("cpu", dtype)
+    (name, implementation, dtype, instruction_set)
+    for implementation, dtype, instruction_set in cpu_cases()
+    for name in OPS
+    if name.split("-")[0] == implementation
 ]
-OPS_HERE = {name for name, _ in CASES}
 every_op = pytest.mark.parametrize(
-    ("implementation", "op", "dtype"),
-    [(name.split("-")[0], OPS[name], dtype) for name, dtype in CASES],
-    ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in CASES],
+    ("implementation", "op", "dtype", "instruction_set"),
+    [(implementation, OPS[name], dtype, instruction_set) for name, implementation, dtype, instruction_set in CASES],
+    ids=[
+        f"{name}-{str(dtype).removeprefix('torch.')}" + (f"-{instruction_set}" if instruction_set else "")
+        for name, _, dtype, instruction_set in CASES
+    ],
+    indirect=["instruction_set"],
+)
+CPP_CASES = [(dtype, instruction_set) for name, dtype, instruction_set in cpu_cases() if name == "cpp"]
+every_cpp = pytest.mark.parametrize(("dtype", "instruction_set"), CPP_CASES, ids=str, indirect=["instruction_set"])
+every_bf16_cpp = pytest.mark.parametrize(
+    "instruction_set", [name for dtype, name in CPP_CASES if dtype is torch.bfloat16], indirect=True
 )
 
 
@@ -266,7 +282,7 @@ def test_equal_inputs_give_equal_bits(implementation, op, dtype, generator):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
+@every_bf16_cpp
 def test_the_number_of_threads_does_not_change_a_bit(generator):
     layer = random_layer(96, (200, 40), slots=4, max_rank=4, dtype=torch.bfloat16, generator=generator)
     fill(layer.bank, {0: (4, 4), 1: (4,) * 4, 2: (2, 2), 3: (1,)}, generator)
@@ -280,10 +296,8 @@ def test_the_number_of_threads_does_not_change_a_bit(generator):
     assert torch.equal(*results)
 
 
-@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
-@pytest.mark.parametrize("instruction_set", supported_instruction_sets())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_numbers_are_rounded_as_torch_rounds_them(dtype, instruction_set, generator):
+@every_cpp
+def test_numbers_are_rounded_as_torch_rounds_them(dtype, generator):
     # W = A = B = 1 on a single number: the delta is x, so y + x is rounded once, and so is 3 x of rank 3.
     weight = torch.ones(1, 1, dtype=dtype)
     ids = torch.zeros(1, dtype=torch.int16)
@@ -301,35 +315,41 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype, instruction_set, genera
         expected = (y.float() + (rank * x.float()).to(dtype).float()).to(dtype)
         plan = StepPlan(500, 1, "cpu")
         plan.update([0] * 500)
-        smoa_delta_cpp(y, x, bank, plan, ALWAYS_EXPAND, instruction_set)
+        smoa_delta_cpp(y, x, bank, plan, ALWAYS_EXPAND)
         torch.testing.assert_close(y, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.skipif("cpp" not in OPS_HERE, reason="the C++ kernel cannot run here")
+@every_bf16_cpp
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 @pytest.mark.parametrize("held", [False, True], ids=["factors only", "resident"])
 def test_the_kernel_goes_the_way_that_the_cost_model_says(rank, held, generator):
+    """The ways are told apart by what they compute, as their rounding is the same under some instruction sets."""
     layer = random_layer(64, (48,), slots=1, max_rank=8, dtype=torch.bfloat16, generator=generator)
-    fill(layer.bank, {0: (rank, rank)}, generator)
+    cols, rows = (random_blocks(size, 2, generator) for size in (64, 48))
+    update = random_update(rows, cols, (rank, rank), generator)
+    # x * A is beyond float32, which only expand computes; B * A is of size 1.
+    layer.bank.set(0, [replace(update, a=update.a * 1e30, b=update.b * 1e-30)])
     if held:
         layer.bank.make_resident(0)
+        layer.bank.slots[0][0].resident.weights.mul_(2)
     forced = {"expand": ALWAYS_EXPAND, "modulate": ALWAYS_MODULATE, "resident": ALWAYS_RESIDENT}
     seen = set()
     for cost in (CPP_COST, ALL_WAYS, CostModel(form=-1.0, form_per_rank=3.0, resident=12.0)):
         for tokens in (1, 2, 3, 5, 8, 13, 40):
             plan = StepPlan(tokens, 1, "cpu")
             plan.update([0] * tokens)
-            x = torch.randn(tokens, 64, generator=generator).bfloat16()
+            x = (torch.randn(tokens, 64, generator=generator) * 1e30).bfloat16()
             found, *results = (torch.zeros(tokens, 48, dtype=torch.bfloat16) for _ in range(4))
             smoa_delta_cpp(found, x, layer.bank, plan, cost)
             for result, always in zip(results, forced.values(), strict=True):
                 smoa_delta_cpp(result, x, layer.bank, plan, always)
+            found, expand, modulate, resident = (result.view(torch.int16) for result in (found, *results))
+            assert not torch.equal(expand, modulate)
+            assert not torch.equal(modulate, resident)
+            assert torch.equal(expand, resident) is not held
             way = cost.way(tokens, rank, held)
             seen.add(way)
-            assert torch.equal(found, results[list(forced).index(way)]), (tokens, way)
-            if rank > 1:  # each way rounds elsewhere: their bits tell them apart
-                assert not torch.equal(results[0], results[1])
-                assert torch.equal(results[0], results[2]) is not held
+            assert torch.equal(found, {"expand": expand, "modulate": modulate, "resident": resident}[way]), tokens
     assert "resident" in seen if held else seen <= {"expand", "modulate"}
 
 

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan, available_implementations
+from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
-from smoa_kernels.cpp_build import supported_instruction_sets
 from smoa_kernels.cpp_ops import one_pass, smoa_delta_cpp, smoa_linear_cpp
-from smoa_kernels.testing import assert_close, dense_delta, merge_slot, random_blocks, random_update
+from smoa_kernels.testing import assert_close, cpu_cases, dense_delta, merge_slot, random_blocks, random_update
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    "cpp" not in available_implementations("cpu", torch.bfloat16), reason="the C++ kernel cannot run here"
+CPP_CASES = [(dtype, instruction_set) for name, dtype, instruction_set in cpu_cases() if name == "cpp"]
+every_cpp = pytest.mark.parametrize(("dtype", "instruction_set"), CPP_CASES, ids=str, indirect=["instruction_set"])
+every_bf16 = pytest.mark.parametrize(
+    "instruction_set", [name for dtype, name in CPP_CASES if dtype is torch.bfloat16], indirect=True
+)
+every_fp32 = pytest.mark.parametrize(
+    "instruction_set", [name for dtype, name in CPP_CASES if dtype is torch.float32], indirect=True
 )
 SLOTS, MAX_RANK, MAX_TOKENS = 4, 5, 96
 Updates = list[list[SliceUpdate | None]]
@@ -76,8 +80,7 @@ def planned(slots: Sequence[int]) -> StepPlan:
     return plan
 
 
-@pytest.mark.parametrize("instruction_set", supported_instruction_sets())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_cpp
 @pytest.mark.parametrize(
     "cost", [ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT], ids=["expand", "modulate", "resident"]
 )
@@ -91,20 +94,21 @@ def planned(slots: Sequence[int]) -> StepPlan:
     ],
     ids=["even", "packed", "unequal ranks", "small blocks"],
 )
-def test_base_and_delta(instruction_set, dtype, cost, h_in, slices, ranks, generator):
+def test_base_and_delta(dtype, cost, h_in, slices, ranks, generator):
     layer = filled(h_in, slices, ranks, dtype, generator)
     for tokens in (1, 7, 16, 17, 70):
         slots = torch.randint(0, SLOTS, (tokens,), generator=generator).tolist()
         x, plan = torch.randn(tokens, h_in, generator=generator).to(dtype), planned(slots)
         expected = layer.output(slots, x)
-        found = smoa_linear_cpp(x, layer.bank, plan, layer.bias, cost, instruction_set)
+        found = smoa_linear_cpp(x, layer.bank, plan, layer.bias, cost)
         assert_close(found, expected)
         # Blocks inside the whole weight serve the delta alone too.
         apart = (x.float() @ torch.cat(layer.weights).float().T + layer.bias.float()).to(dtype)
-        smoa_delta_cpp(apart, x, layer.bank, plan, cost, instruction_set)
+        smoa_delta_cpp(apart, x, layer.bank, plan, cost)
         assert_close(apart, expected)
 
 
+@every_bf16
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(generator):
     layer = filled(96, (80,), (2, 3), torch.bfloat16, generator)
     x = torch.randn(16, 96, generator=generator).bfloat16()
@@ -114,6 +118,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(generator):
     assert torch.equal(together, torch.cat(alone))
 
 
+@every_bf16
 def test_rows_may_be_apart_and_more_tokens_take_another_way(generator):
     layer = filled(64, (48, 16), (1, 1), torch.bfloat16, generator)
     wide = torch.randn(40, 80, generator=generator).bfloat16()
@@ -122,6 +127,7 @@ def test_rows_may_be_apart_and_more_tokens_take_another_way(generator):
     assert_close(found, layer.output(slots, wide[:, :64]) - layer.bias.float())
 
 
+@every_bf16
 def test_a_step_that_comes_again_takes_what_is_new(generator):
     layer = filled(64, (48, 16), (2, 3), torch.bfloat16, generator)
     slots = [0, 2, 2, 3, 1]
@@ -137,6 +143,7 @@ def test_a_step_that_comes_again_takes_what_is_new(generator):
     assert_close(kept[0], expected[0])
 
 
+@every_fp32
 @pytest.mark.parametrize(
     ("slots", "merged"), [([0, -1], False), ([0, SLOTS], True)], ids=["a token of the base", "something merged"]
 )
@@ -150,6 +157,7 @@ def test_steps_that_need_the_base_product_are_refused(slots, merged, generator):
         smoa_linear_cpp(torch.zeros(2, 32), layer.bank, plan)
 
 
+@every_fp32
 def test_another_partition_has_blocks_of_its_own_until_the_first_is_gone(generator):
     layer = filled(32, (32,), (2, 2), torch.float32, generator)
     first = layer.bank.whole_partition(0)
@@ -171,6 +179,7 @@ def test_another_partition_has_blocks_of_its_own_until_the_first_is_gone(generat
     assert layer.bank.whole_partition(0) is not first
 
 
+@every_fp32
 def test_a_bank_without_whole_weights_takes_no_single_pass(generator):
     weight = torch.randn(8, 8, generator=generator)
     bank = LayerBank(

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from smoa_kernels import ShapeError, SlotError, StepPlan, available_implementations, smoa_delta
+from smoa_kernels import ShapeError, SlotError, StepPlan, smoa_delta
 from smoa_kernels.errors import PlanError
 from smoa_kernels.testing import (
     Layer,
     assert_close,
+    cpu_cases,
     dense_delta,
     merge_slot,
     random_blocks,
@@ -14,10 +15,8 @@ from smoa_kernels.testing import (
     random_update,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASES = [(name, dtype) for dtype in DTYPES for name in available_implementations("cpu", dtype)]
 every_implementation = pytest.mark.parametrize(
-    ("implementation", "dtype"), CASES, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in CASES]
+    ("implementation", "dtype", "instruction_set"), cpu_cases(), ids=str, indirect=["instruction_set"]
 )
 SLICES = (33, 20)
 

@@ -1,6 +1,5 @@
 """Every Triton kernel compiles for the GPUs it is meant for, without spills and within its ceilings; no GPU needed."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
+pytestmark = pytest.mark.timeout(1500)
 HERE = Path(__file__).parent
 CEILINGS: dict[str, dict[str, int]] = json.loads((HERE / "triton_ceilings.json").read_text())
 # Shared memory of one program: 163 KiB on sm_80, 227 KiB on sm_90.
@@ -22,7 +21,7 @@ def compiled() -> dict[str, dict[str, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "compile_variants.py")],
-        capture_output=True, text=True, env=environment, timeout=550, check=False,
+        capture_output=True, text=True, env=environment, timeout=1400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     taken: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from smoa_kernels import LayerBank, SliceUpdate, StepPlan, available_implementations, smoa_delta
-from smoa_kernels.testing import assert_close, dense_delta
+from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
+from smoa_kernels.testing import assert_close, cpu_cases, dense_delta
 
 ROOT = Path(__file__).parents[1] / "data" / "vectors"
 CASES = json.loads((ROOT / "index.json").read_text())["layers"]
@@ -28,14 +28,18 @@ def recorded_update(case, tensors) -> SliceUpdate:
 
 
 RUNS = [
-    (case, implementation)
+    (case, implementation, instruction_set)
     for case in CASES
-    for implementation in available_implementations("cpu", getattr(torch, case["dtype"]))
+    for implementation, dtype, instruction_set in cpu_cases()
+    if dtype is getattr(torch, case["dtype"])
 ]
 
 
 @pytest.mark.parametrize(
-    ("case", "implementation"), RUNS, ids=[f"{case['name']}-{implementation}" for case, implementation in RUNS]
+    ("case", "implementation", "instruction_set"),
+    RUNS,
+    ids=["-".join((case["name"], *filter(None, which))) for case, *which in RUNS],
+    indirect=["instruction_set"],
 )
 def test_recorded_layer(case, implementation):
     tensors = load_file(ROOT / case["file"])

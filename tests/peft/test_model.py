@@ -364,7 +364,6 @@ def test_a_bfloat16_base_keeps_float32_factors(base_path: Path, tmp_path: Path) 
 
 
 def test_the_trainer_trains_saves_and_resumes(base_path: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

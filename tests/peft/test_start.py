@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("peft")
 from smoa_serve.peft import SMoAConfig, SMoALinear, start
 
 pytestmark = pytest.mark.matrix

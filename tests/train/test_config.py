@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("peft")
 from smoa_serve.errors import ConfigError
 from smoa_serve.train import load_config
 

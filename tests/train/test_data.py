@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peft")
 from smoa_serve.train.data import DataError, read_examples
 
 

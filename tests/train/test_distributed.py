@@ -12,7 +12,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-pytest.importorskip("accelerate")
 from smoa_serve.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
-
-pytest.importorskip("peft")
-import peft
 
 from smoa_serve.base_checkpoint import BaseCheckpoint
 from smoa_serve.errors import BaseModelError, ConfigError

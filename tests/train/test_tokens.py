@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("peft")
 from smoa_serve.train.data import DataError, Example, Message
 from smoa_serve.train.tokens import IGNORED, collate, tokenize
 
