@@ -157,6 +157,8 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         except EngineGoneError:
             raise
         except Exception as error:
+            if revision.engine_name not in self._known:
+                self._numbers.pop(revision.engine_name, None)
             raise AdapterError(name, self._engines_reasons(error)) from error
         self.revisions[name], self.lora_requests[name] = revision, request
         self._known[revision.engine_name] = revision
