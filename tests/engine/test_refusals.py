@@ -201,7 +201,7 @@ def test_a_pickle_that_does_more_than_hold_tensors_is_not_run(tiny: Any, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-FREEZING = r"(?:[a-z._0-9]+){1,1000}(?!.)\\bx?y"  # no engine ends on it without a limit
+FREEZING = r"(?:[a-z._0-9]+){1,1000}(?!.)\bx?y"  # no engine ends on it without a limit
 
 
 @pytest.mark.parametrize(
