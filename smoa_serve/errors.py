@@ -109,13 +109,13 @@ class WorkerError(SmoaError):
     """A worker could not do what all workers were asked for."""
 
 
-def raised_or(answers: list[dict[str, Any]], doing: str) -> list[dict[str, Any]]:
-    """The answers of all workers to a method of `engine/rpc.py`.
+def raised_or(answers: list[Any], doing: str) -> list[Any]:
+    """The answers of all workers to a method, of `engine/rpc.py` or vLLM's own.
 
     Raises:
         WorkerError: what the workers raised.
     """
-    raised = sorted({answer["raised"] for answer in answers if "raised" in answer})
+    raised = sorted({answer["raised"] for answer in answers if isinstance(answer, dict) and "raised" in answer})
     if raised:
         raise WorkerError(f"{doing} failed on a worker: {'; '.join(raised)}")
     return answers

@@ -150,7 +150,7 @@ def test_accepted_configurations_compute_what_peft_computes(base: BaseCheckpoint
     assert read(plain, base).digest == files.digest
 
 
-FREEZING = r"(.*.*.*)*(?<!j)\b(?!.)y?z|(a|b|[._a-z0-9])*(?!.)\bx?y"
+FREEZING = r"(?:[a-z._0-9]+){1,1000}(?!.)\bx?y"  # no engine ends on it without a limit
 REFUSED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "r above the tensors' rank": ({"r": 8}, "the factors have rank 4, r or rank_pattern says 8"),
     "r left out": ({"r": ...}, "rank 4, r or rank_pattern says 8"),

@@ -15,7 +15,7 @@ async def enter_request(wrapped: Callable[..., Any], engine: Any, args: tuple[An
     revision stays in the engine, and can be read there, until the request is among those that run."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     # A rendered request carries its adapter itself, and vLLM then goes by that one.
-    lora = getattr(given["prompt"], "lora_request", given.get("lora_request"))
+    lora = getattr(given.get("prompt"), "lora_request", given.get("lora_request"))
     entering: AbstractAsyncContextManager[None] = nullcontext()
     if lora is not None:
         served(engine)[lora.lora_name] += 1

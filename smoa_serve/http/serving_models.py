@@ -57,6 +57,7 @@ _STATUS = {
     SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 _DRAIN_POLL_S = 0.2
+_RETRY_S = 5.0
 
 
 class SmoaServingModels(vllm_serving.OpenAIServingModels):
@@ -223,17 +224,28 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 async with self.lora_resolver_lock[visible_name(name)]:
                     if self._is_current(name):
                         return
-                    await answered(self.engine_client, self.engine_client.remove_lora(number), "remove_lora")
-                    if not self._is_used(name):  # or else it was looked up before, and is read again
+                    left = await self._left(name, number)
+                    if left and not self._is_used(name):  # or else it was looked up before, and is read again
                         self._forget(name)
                         break
+                if not left:
+                    await asyncio.sleep(_RETRY_S)
         except EngineGoneError:
             pass  # which vLLM reports itself
-        except Exception:
-            logger.exception("Adapter revision %s did not leave the engine", name)
         finally:
             self._draining.discard(name)
         await asyncio.to_thread(heap.trim)  # what reading it took
+
+    async def _left(self, name: str, number: int) -> bool:
+        """Whether all workers have forgotten a revision."""
+        try:
+            await answered(self.engine_client, self.engine_client.remove_lora(number), "remove_lora")
+        except EngineGoneError:
+            raise
+        except Exception:
+            logger.exception("Adapter revision %s did not leave a worker; it is tried again", name)
+            return False
+        return True
 
     def _is_used(self, engine_name: str) -> bool:
         return bool(self._entering[engine_name] or in_flight(self.engine_client, engine_name))

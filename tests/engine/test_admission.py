@@ -56,26 +56,30 @@ class Executor:
         self.calls: list[list[tuple[int, str, bool]]] = []
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        if method == "smoa_leave_out":
+            for slots in self.slots:
+                for number in args[0]:
+                    slots.pop(number, None)
+            return [{} for _ in self.slots]
         assert method == "smoa_ready"
         (requests,) = args
         self.calls.append([(one.lora_int_id, one.lora_path, one.load_inplace) for one in requests])
         answers = []
         for slots, fails in zip(self.slots, self.fails, strict=True):
             slots |= {one.lora_int_id: one.lora_path for one in requests if one.lora_int_id not in fails}
-            failed = {one.lora_int_id: "no room" for one in requests if one.lora_int_id in fails}
+            failed = {one.lora_int_id: ["no room"] for one in requests if one.lora_int_id in fails}
             answers.append({"failed": failed, "active": dict(slots)})
         return answers
 
 
 def admission_of(scheduler: Scheduler, executor: Executor) -> Any:
-    from smoa_serve.engine.admission import AdapterAdmission
+    from smoa_serve.engine import admission
 
-    def nothing(*args: Any) -> None:
-        """A call of the core's."""
-
-    calls = dict.fromkeys(("add_lora", "remove_lora", "pin_lora", "collective_rpc"), nothing)
-    core: Any = SimpleNamespace(scheduler=scheduler, model_executor=executor, **calls)
-    AdapterAdmission(core)
+    core: Any = SimpleNamespace(
+        scheduler=scheduler, model_executor=executor, vllm_config=SimpleNamespace(lora_config=True)
+    )
+    admission.step(lambda: None, core, (), {})
+    core.pin_lora = lambda number: admission.moves(lambda: None, core, (), {})
     return core
 
 
@@ -98,7 +102,7 @@ def test_workers_are_asked_when_a_step_needs_what_they_do_not_all_have() -> None
     for _ in range(3):
         assert step(core) == (["base", "one"], {})
     assert executor.calls == [[(1, "p", False)]]
-    core.add_lora("another")  # which may take a slot
+    core.pin_lora(3)  # which may take a slot
     step(core)
     assert len(executor.calls) == 2
     executor.slots[1] = {2: "p"}  # one of the workers has evicted it meanwhile
@@ -118,7 +122,7 @@ def test_what_fails_on_one_worker_fails_its_own_requests_on_all(rank: int) -> No
     answered, failed = step(core)
     assert answered == ["base", "good"]
     assert failed == dict.fromkeys(("bad", "worse!"), "smoa-serve: no room")
-    assert scheduler.evicted == [3, 90, 6, 90], "what the step left in their blocks is found by nobody"
+    assert scheduler.evicted == [3, 90, 6, 90] * 2, "what the step left in their blocks is found by nobody"
     executor.fails[rank] = set()
     scheduler.add("again", 2)
     assert step(core) == (["base", "good", "again"], {})

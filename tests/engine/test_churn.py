@@ -31,7 +31,6 @@ def account(tiny: Any) -> dict[str, Any]:
         "tokens": set(status["tokens"]),
         "block_bytes": set(status["block_bytes"]),
         "resident_bytes": status["resident_bytes"],
-        "partition_bytes": status["partition_bytes"],
         "partitions": status["partitions"],
         "series": {name for name in names if "churn-" in name},
         "series of names that run": sum(name.startswith("vllm:lora_requests_info{") for name in names),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.http.counting import count_requests, served
+from smoa_serve.http.counting import enter_request, served
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
@@ -33,7 +33,7 @@ def test_a_request_counts_for_its_adapter_however_it_is_given() -> None:
     async def add(*args: Any, **kwargs: Any) -> None:
         assert await engine.add_request(*args, **kwargs) == "added"
 
-    wrapt.wrap_function_wrapper(Engine, "add_request", count_requests)
+    wrapt.wrap_function_wrapper(Engine, "add_request", enter_request)
     engine, settings = Engine(), SamplingParams()
     prompt = {"prompt_token_ids": [1]}
     asyncio.run(add("1", prompt, settings, lora_request=adapter("by keyword")))

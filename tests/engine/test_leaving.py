@@ -24,6 +24,7 @@ class Engine:
         self.loaded: dict[int, str] = {}
         self.output_processor = SimpleNamespace(request_states={})
         self.slow: asyncio.Event | None = None
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=1))
 
     async def add_lora(self, request: Any) -> bool:
         self.loaded[request.lora_int_id] = request.lora_name
@@ -42,7 +43,7 @@ class Engine:
         del self.output_processor.request_states[request]
 
 
-def staged(path: Path) -> StagedAdapter:
+def staged(path: Path, *_: object) -> StagedAdapter:
     facts: dict[str, Any] = dict.fromkeys(("rank", "max_rank", "num_blocks", "parameters", "nbytes"), 1)
     digest = path.name * 64
     return StagedAdapter(
@@ -63,7 +64,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Any:
     numbers = count(1)
     models.lora_id_counter, models.base_model_paths = SimpleNamespace(inc=lambda step: next(numbers)), []
     models.begin()
-    models._stage = staged
+    models._stage = lambda name, path, requested_path: staged(path)
     models._copies._stage = staged
     models._copies._store = SimpleNamespace(entry=staged)
     return models

@@ -11,7 +11,7 @@ from smoa_serve.http.engine_calls import ask_workers, bring_in
 
 
 class Core:
-    """vLLM's client of two replicas behind its own load balancer: every replica does what is called, in its time, and of
+    """vLLM's client of two replicas behind its own load balancer: every replica does what is called, in its time. Of
     vLLM's own call only the first one's answer is returned.
 
     Attributes:

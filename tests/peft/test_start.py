@@ -70,4 +70,4 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_training(
     (tmp_path / "cache").write_text("a file where the folder should be")
     block_ids(nn.Linear(12, 10))
     assert computed == ["gram"]
-    assert "The order cache cannot be used" in caplog.text
+    assert "Orders cannot be kept in" in caplog.text
