@@ -56,8 +56,10 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Any:
     # vLLM's module first, as in a server: where the plugin is registered, its import brings ours.
     import vllm.entrypoints.openai.models.serving  # noqa: F401
 
-    from smoa_serve.http import serving_models
+    from smoa_serve.http import ladder, serving_models
 
+    for gauge in (ladder.BYTES, ladder.STEP):  # other tests' adapters
+        gauge.clear()
     monkeypatch.setattr(serving_models, "_DRAIN_POLL_S", 0.001)
     models: Any = object.__new__(serving_models.SmoaServingModels)
     models.engine_client, models.lora_requests = Engine(), {}
