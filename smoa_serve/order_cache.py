@@ -11,12 +11,13 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .base_checkpoint import BaseCheckpoint
 from .errors import ConfigError
 from .spectral import SpectralOrder, spectral_order
+from .stored_tensors import all_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class OrderCache:
         if not file.is_file():
             return None
         try:
-            tensors = load_file(file)
+            tensors = all_tensors(file)
             found = [tensors[name].long() for name in fields]
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("The cached order %s is damaged and is computed again: %s", file, error)

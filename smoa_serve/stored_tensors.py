@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from .errors import BaseModelError
 
+# A larger file, as a Trainer may leave, would be held twice for a moment.
+_READ_WHOLE_BYTES = 1 << 30
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -103,3 +106,15 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if absent:
         raise BaseModelError(f"base model {folder}: tensors named by the index are missing: {', '.join(absent[:5])}")
     return tensors
+
+
+def all_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by name in order.
+
+    Raises:
+        SafetensorError, OSError: it cannot be read.
+    """
+    if file.stat().st_size >= _READ_WHOLE_BYTES:
+        return load_file(file)
+    # `load_file` keeps two numbers of each tensor for ever (safetensors 0.8), and servers go on reading adapters.
+    return dict(sorted(load(file.read_bytes()).items()))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterNotFoundError
 from ..json_file import JsonError, read_json
+from ..stored_tensors import all_tensors
 from .options import LoadOptions
 
 CONFIG_NAME = "adapter_config.json"
@@ -20,8 +20,6 @@ ADAPTER_FILES = (WEIGHTS_NAME, "adapter_model.bin")
 # What a Trainer leaves: the whole model, adapter tensors among the base's.
 FULL_STATE_FILES = ("model.safetensors", "pytorch_model.bin")
 NAME_LIMIT = 1024  # characters of a tensor's name
-# A larger one, as a Trainer may leave, would be held twice for a moment.
-_READ_WHOLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,7 @@ def read_tensors(source: object, file: Path, *, allow_pickle: bool) -> dict[str,
 
 def _read_safetensors(source: object, file: Path) -> dict[str, Tensor]:
     try:
-        if file.stat().st_size >= _READ_WHOLE_BYTES:
-            return load_file(file)
-        # `load_file` keeps two numbers of each tensor for ever (safetensors 0.8), and servers go on reading adapters.
-        return dict(sorted(load(file.read_bytes()).items()))
+        return all_tensors(file)
     # The others for what a header may say and torch cannot make: dtypes that it lacks, sizes beyond any memory.
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise AdapterError(source, f"{file.name} cannot be read: {error}") from error
