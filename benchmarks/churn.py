@@ -24,13 +24,13 @@ from smoa_kernels.testing import random_blocks
 from benchmarks.bars import Bar
 from benchmarks.fleet import ENVIRONMENT
 from benchmarks.random_models import Shape, random_base
-from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.adapters import write_portable
+from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.base.orders import cache_root
+from smoa_serve.base.spectral import even_ranks
 from smoa_serve.demo.server import ServerProcess, free_port, serve_command
 from smoa_serve.errors import SmoaError
-from smoa_serve.formats import write_portable
-from smoa_serve.order_cache import cache_root
-from smoa_serve.spectral import even_ranks
 
 TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
 KINDS = ("smoa", "smoa", "hira", "lora")

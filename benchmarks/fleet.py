@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from smoa_serve.base.orders import cache_root
 from smoa_serve.cli.bench import summary
-from smoa_serve.cli.load import Job, LoadResult, make_jobs, run_load
+from smoa_serve.cli.loadgen import Job, LoadResult, make_jobs, run_load
 from smoa_serve.demo.server import ServerProcess, free_port, serve_command
-from smoa_serve.order_cache import cache_root
 
 SLOT_RANK = 8  # the least --max-lora-rank of vLLM that holds r/K = 4 and LoRA's r = 4
 ENVIRONMENT = {

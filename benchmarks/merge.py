@@ -18,7 +18,7 @@ from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base
 from benchmarks.residence import Hot, Place, difference, scores
 from benchmarks.stall import measure_stalls
 from benchmarks.traffic import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Traffic
-from smoa_serve.cli.load import Job, make_jobs
+from smoa_serve.cli.loadgen import Job, make_jobs
 from smoa_serve.demo.server import ServerProcess
 from smoa_serve.errors import SmoaError
 

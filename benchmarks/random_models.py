@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from smoa_kernels.testing import random_blocks
 from torch import Tensor
 
-from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.adapters import write_portable
+from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.base.orders import cache_root
+from smoa_serve.base.spectral import even_ranks
 from smoa_serve.demo.artifacts import STAMP, build_folder
-from smoa_serve.formats import write_portable
-from smoa_serve.order_cache import cache_root
-from smoa_serve.spectral import even_ranks
 
 BASE_NAME = "benchmark-base"
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from smoa_serve.cli.client import ServerClient, ServerError
-from smoa_serve.cli.load import PROMPT_IDS, TIMEOUT_S
+from smoa_serve.cli.loadgen import PROMPT_IDS, TIMEOUT_S
 
 PROMPTS, PROMPT_TOKENS = 4, 48
 

@@ -13,7 +13,7 @@ import httpx
 
 from benchmarks.residence import Hot, Place
 from smoa_serve.cli.client import ServerError
-from smoa_serve.cli.load import TIMEOUT_S, make_jobs
+from smoa_serve.cli.loadgen import TIMEOUT_S, make_jobs
 
 PROMPT_TOKENS = 16
 SETTLED = 30  # tokens before the first move

@@ -12,8 +12,8 @@ from typing import Any
 
 import wrapt
 
+from smoa_serve.engine.host.logs import share_logging
 from smoa_serve.errors import CompatibilityError
-from smoa_serve.log_sharing import share_logging
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def check_frontend(environment: Mapping[str, str]) -> None:
 
 def _enter_worker_manager(module: ModuleType) -> None:
     share_logging()
-    from smoa_serve.engine.seams import check_worker_seams
-    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+    from smoa_serve.engine.host.seams import check_worker_seams
+    from smoa_serve.engine.worker import SmoaWorkerManager
 
     check_worker_seams(module)
     module.LRUCacheWorkerLoRAManager = SmoaWorkerManager  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ def _enter_core(module: ModuleType) -> None:
 
 def _enter_cpu_platform(module: ModuleType) -> None:
     def allow(wrapped: Any, platform: Any, args: Any, kwargs: Any) -> None:
-        from smoa_serve.engine.compiling import allow_compilation
+        from smoa_serve.engine.host.compiling import allow_compilation
 
         allow_compilation(wrapped, platform, args, kwargs)
 
@@ -86,26 +86,26 @@ def _enter_cpu_platform(module: ModuleType) -> None:
 
 
 def _enter_message_queue(module: ModuleType) -> None:
-    from smoa_serve.engine.waiting import sleep_sooner
+    from smoa_serve.engine.host.waiting import sleep_sooner
 
     if hasattr(module, "SpinCondition"):  # only time is at stake: a vLLM without it starts as well
         wrapt.wrap_function_wrapper(module, "SpinCondition.__init__", sleep_sooner)
 
 
 def _enter_async_engine(module: ModuleType) -> None:
-    from smoa_serve.http.counting import enter_request
+    from smoa_serve.residence.counting import enter_request
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", enter_request)
 
 
 def _enter_output_processor(module: ModuleType) -> None:
-    from smoa_serve.http.private_copies import report_failures
+    from smoa_serve.server.private_copies import report_failures
 
     wrapt.wrap_function_wrapper(module, "OutputProcessor.process_outputs", report_failures)
 
 
 def _enter_metrics(module: ModuleType) -> None:
-    from smoa_serve.http.lora_metric import keep_one_series
+    from smoa_serve.server.lora_metric import keep_one_series
 
     wrapt.wrap_function_wrapper(module, "PrometheusStatLogger.__init__", keep_one_series)
 
@@ -113,7 +113,7 @@ def _enter_metrics(module: ModuleType) -> None:
 def _enter_serving_models(module: ModuleType) -> None:
     # By then the API server holds references to the class, so its instances are turned instead of the name rebound.
     share_logging()
-    from smoa_serve.http.serving_models import enter
+    from smoa_serve.server.models import enter
 
     wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", enter)
 
@@ -123,19 +123,19 @@ def _enter_app(module: ModuleType) -> None:
     # last is replaced in its module.
     if getattr(module, "build_app", None) is None or module.build_app.__module__ != module.__name__:
         return
-    from smoa_serve.http.guard import guard_built_app
+    from smoa_serve.server.auth import guard_built_app
 
     wrapt.wrap_function_wrapper(module, "sagemaker_standards_bootstrap", guard_built_app)
 
 
 def _enter_model_check(module: ModuleType) -> None:
-    from smoa_serve.http.resolving import resolve_unknown
+    from smoa_serve.server.resolving import resolve_unknown
 
     wrapt.wrap_function_wrapper(module, "BaseServing._check_model", resolve_unknown)
 
 
 def _enter_pooling_model_check(module: ModuleType) -> None:
-    from smoa_serve.http.resolving import resolve_unknown_pooling
+    from smoa_serve.server.resolving import resolve_unknown_pooling
 
     wrapt.wrap_function_wrapper(module, "PoolingBaseServing._check_model", resolve_unknown_pooling)
 

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from smoa_serve.errors import ConfigError
-from smoa_serve.merge_policy import MergePolicy
 
 _VARIABLES = {
     "adapter_roots": "SMOA_ADAPTER_ROOTS",
@@ -23,6 +23,17 @@ _VARIABLES = {
     "merge_policy": "SMOA_MERGE_POLICY",
     "policy_interval_s": "SMOA_POLICY_INTERVAL_S",
 }
+
+
+class MergePolicy(StrEnum):
+    """What other requests get while an adapter is merged.
+
+    COMPENSATE: the merged weight and the difference back, in the same step.
+    EXCLUSIVE: the original weight; the merged one serves only steps in which all tokens are the merged adapter's.
+    """
+
+    COMPENSATE = "compensate"
+    EXCLUSIVE = "exclusive"
 
 
 class Settings(BaseModel):

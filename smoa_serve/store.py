@@ -20,16 +20,16 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors.torch import save_file
 
-from .adapter import Adapter, AdapterKind, OrderStatus
-from .base_checkpoint import BaseCheckpoint
+from .adapters import LoadOptions, load_adapter, write_portable
+from .adapters.config import kind_of
+from .adapters.lora import LoraFiles, load_lora
+from .adapters.model import Adapter, AdapterKind, OrderStatus
+from .adapters.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
+from .base.checkpoint import BaseCheckpoint
+from .base.orders import Progress
 from .errors import AdapterError
-from .formats import LoadOptions, load_adapter, write_portable
-from .formats.config import kind_of
-from .formats.lora import LoraFiles, load_lora
-from .formats.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
-from .json_file import read_json
-from .order_cache import Progress
-from .storage import writing
+from .files.disk import writing
+from .files.json_file import read_json
 
 logger = logging.getLogger(__name__)
 

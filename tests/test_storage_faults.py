@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from smoa_serve import merge as merge_module
-from smoa_serve import order_cache, store
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve import store
+from smoa_serve.adapters import LoadOptions, hira, load_adapter, portable
+from smoa_serve.base import orders as order_cache
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.base.orders import OrderCache
 from smoa_serve.cli.app import app
-from smoa_serve.convert import TargetFormat, convert
 from smoa_serve.errors import AdapterError, SmoaError, StorageError
-from smoa_serve.formats import LoadOptions, hira, load_adapter, portable
-from smoa_serve.merge import load_deltas, merge
-from smoa_serve.order_cache import OrderCache
+from smoa_serve.offline import checkpoint as merge_module
+from smoa_serve.offline.checkpoint import load_deltas, merge
+from smoa_serve.offline.convert import TargetFormat, convert
 from smoa_serve.store import AdapterStore
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoa_serve.adapter import AdapterKind, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.adapters import LoadOptions, load_adapter
+from smoa_serve.adapters.model import AdapterKind, OrderStatus
+from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError
-from smoa_serve.formats import LoadOptions, load_adapter
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 MakeBase = Callable[..., Path]
@@ -121,7 +121,7 @@ def test_several_processes_may_stage_the_same_adapter(
 
 
 def test_equal_factors_for_two_bases_are_two_entries(store: AdapterStore, make_base: MakeBase, tmp_path: Path) -> None:
-    from smoa_serve.formats import write_portable
+    from smoa_serve.adapters import write_portable
 
     weight = torch.randn(6, 4)
     bases = [BaseCheckpoint.open(make_base({f"{Q}.weight": weight + i}, name=f"base{i}")) for i in range(2)]
@@ -138,7 +138,7 @@ def test_equal_factors_for_two_bases_are_two_entries(store: AdapterStore, make_b
 def test_what_a_lying_file_says_is_not_said_of_an_honest_one(
     store: AdapterStore, llama: BaseCheckpoint, published: Path, tmp_path: Path
 ) -> None:
-    from smoa_serve.formats import write_portable
+    from smoa_serve.adapters import write_portable
 
     honest = load_adapter(published, llama)
     name, update = next(iter(honest.modules.items()))
@@ -165,7 +165,7 @@ def test_what_a_lying_file_says_is_not_said_of_an_honest_one(
 def test_a_portable_file_that_lies_about_its_tensors_is_refused(
     llama: BaseCheckpoint, published: Path, tmp_path: Path, claim: dict[str, Any], what: str
 ) -> None:
-    from smoa_serve.formats import write_portable
+    from smoa_serve.adapters import write_portable
 
     folder = write_portable(load_adapter(published, llama), tmp_path / "liar")
     file = folder / "adapter_config.json"
@@ -321,8 +321,9 @@ def test_reading_files_imports_no_engine() -> None:
     import subprocess
 
     code = (
-        "import sys, smoa_serve, smoa_serve.store, smoa_serve.convert, smoa_serve.merge, smoa_serve.inspection\n"
-        "import smoa_serve.merge_check, smoa_serve.cli.files\n"
+        "import sys, smoa_serve, smoa_serve.store, smoa_serve.offline.convert, smoa_serve.offline.checkpoint\n"
+        "import smoa_serve.offline.inspect\n"
+        "import smoa_serve.offline.check, smoa_serve.cli.files\n"
         "print(sorted({'vllm', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

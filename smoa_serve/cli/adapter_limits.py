@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..adapter import AdapterKind
+from ..adapters import LoadOptions
+from ..adapters.config import HiraConfig, PortableConfig, PublishedConfig, is_portable, kind_of, parse_config
+from ..adapters.model import AdapterKind
+from ..adapters.source import CONFIG_NAME, open_source
+from ..base.spectral import even_ranks
 from ..errors import AdapterError, ConfigError
-from ..formats import LoadOptions
-from ..formats.config import HiraConfig, PortableConfig, PublishedConfig, is_portable, kind_of, parse_config
-from ..formats.source import CONFIG_NAME, open_source
-from ..spectral import even_ranks
 
 # vllm.config.lora.MaxLoRARanks, the same in every supported release.
 ALLOWED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

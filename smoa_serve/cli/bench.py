@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .adapters import DEFAULT_URL, KeyOption, UrlOption
 from .client import ServerClient
-from .load import LoadResult, Sample, make_jobs, percentile, run_load
+from .loadgen import LoadResult, Sample, make_jobs, percentile, run_load
 
 
 def register(app: typer.Typer) -> None:

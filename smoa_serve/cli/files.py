@@ -13,16 +13,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from ..base_checkpoint import BaseCheckpoint
-from ..convert import TargetFormat
-from ..convert import convert as convert_adapter
+from ..adapters import LoadOptions
+from ..base.checkpoint import BaseCheckpoint
+from ..base.orders import Progress as ProgressCallback
 from ..errors import SmoaError
-from ..formats import LoadOptions
-from ..inspection import AdapterReport, inspect_adapter, verify_adapter
-from ..merge import load_deltas
-from ..merge import merge as merge_adapter
-from ..merge_record import merged_note
-from ..order_cache import Progress as ProgressCallback
+from ..offline.checkpoint import load_deltas
+from ..offline.checkpoint import merge as merge_adapter
+from ..offline.convert import TargetFormat
+from ..offline.convert import convert as convert_adapter
+from ..offline.inspect import AdapterReport, inspect_adapter, verify_adapter
+from ..offline.record import merged_note
 
 
 class Dtype(StrEnum):
@@ -174,7 +174,7 @@ def merge(
         worst = max(written.lost, key=lambda name: written.lost[name])
         console.print(f"rounding removed up to {written.lost[worst]:.2%} of an update ({worst})", soft_wrap=True)
         if check:
-            from ..merge_check import check_merge
+            from ..offline.check import check_merge
 
             result = check_merge(opened, deltas, out)
             console.print(f"largest difference of a logit {result.max_abs:.2e}, allowed {result.allowed:.2e}")

@@ -9,7 +9,7 @@ import typer
 
 from ..plugin import register as register_plugin
 from .serve_settings import load_settings
-from .vllm_command import VllmCommand, vllm_command
+from .serve_vllm import VllmCommand, vllm_command
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 USAGE = "[MODEL] [OPTIONS] [ANY FLAG OF vllm serve]"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..adapter import AdapterKind
-from ..base_checkpoint import BaseCheckpoint
+from ..adapters.model import AdapterKind
+from ..base.checkpoint import BaseCheckpoint
 from .artifacts import build_folder
 from .base_model import load_base, logits
 from .corpus import Style

@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from smoa_serve.engine.compat import check_signatures
+from smoa_serve.engine.host.compat import check_signatures
 from smoa_serve.errors import AdapterError, raised_or
 
 logger = logging.getLogger(__name__)

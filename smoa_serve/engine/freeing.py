@@ -9,8 +9,8 @@ from typing import Any
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
-from smoa_serve.adapter import Adapter
-from smoa_serve.engine.layers import SmoaLinearMixin
+from smoa_serve.adapters.model import Adapter
+from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.traffic import Traffic
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from smoa_kernels import LayerBank
 from smoa_kernels.cost import CPP_COST, CostModel
 from torch import Tensor
 
+from smoa_serve.adapters.rounding import Lost
 from smoa_serve.engine.exchange import WeightExchange, exchange_of
-from smoa_serve.engine.layers import SmoaLinearMixin
+from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.errors import AdapterBusyError, AdapterError, SmoaError
-from smoa_serve.merge_loss import Lost
-from smoa_serve.merge_policy import MergePolicy
+from smoa_serve.settings import MergePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from time import monotonic
 from typing import Any
 
 from smoa_serve.engine.freeing import FreeingManager, SmoaModel
-from smoa_serve.engine.layers import SmoaLinearMixin
+from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger
 from smoa_serve.errors import AdapterBusyError, AdapterError
-from smoa_serve.merge_policy import MergePolicy
+from smoa_serve.settings import MergePolicy
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from smoa_serve import __version__
 from smoa_serve.errors import AdapterBusyError, AdapterError, SmoaError
-from smoa_serve.merge_policy import MergePolicy
+from smoa_serve.settings import MergePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def smoa_status(worker: Any) -> dict[str, Any]:
     status: dict[str, Any] = {"version": __version__, "lora": worker.lora_config is not None}
     if worker.lora_config is None:
         return status
-    from smoa_serve.engine.layers import SmoaLinearMixin
-    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+    from smoa_serve.engine.linear import SmoaLinearMixin
+    from smoa_serve.engine.worker import SmoaWorkerManager
 
     workers_manager = worker.model_runner.lora_manager
     if not isinstance(workers_manager, SmoaWorkerManager):
@@ -91,7 +91,7 @@ def smoa_ready(worker: Any, requests: Collection[Any]) -> dict[str, Any]:
     Returns:
         failed: lora_int_id -> reasons; active: lora_int_id -> requested path, of all adapters in slots.
     """
-    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+    from smoa_serve.engine.worker import SmoaWorkerManager
 
     workers_manager = worker.model_runner.lora_manager
     if not isinstance(workers_manager, SmoaWorkerManager):  # vLLM's own loads inside the step

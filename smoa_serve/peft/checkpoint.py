@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus, WeightFingerprint
+from ..adapters import write_portable
+from ..adapters.config import ModuleEntry
+from ..adapters.keys import PREFIX
+from ..adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from ..adapters.portable import FIELDS
+from ..adapters.source import ADAPTER_FILES, CONFIG_NAME, WEIGHTS_NAME, read_tensors
+from ..base.fingerprint import WeightFingerprint
 from ..errors import AdapterError
-from ..formats import write_portable
-from ..formats.config import ModuleEntry
-from ..formats.factor_keys import PREFIX
-from ..formats.portable import FIELDS
-from ..formats.source import ADAPTER_FILES, CONFIG_NAME, WEIGHTS_NAME, read_tensors
 
 Facts = dict[str, Any]
 """A `ModuleEntry` as JSON: branch ranks, scaling, fingerprint of the base weight."""

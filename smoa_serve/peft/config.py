@@ -6,8 +6,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from ..base.spectral import even_ranks
 from ..errors import ConfigError
-from ..spectral import even_ranks
 from .checkpoint import Facts, rewrite_portable, settings_in
 from .peft_type import SMOA
 

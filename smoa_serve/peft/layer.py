@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import ModuleUpdate
+from ..adapters.config import FingerprintEntry, ModuleEntry
+from ..adapters.model import ModuleUpdate
 from ..errors import ConfigError
-from ..formats.config import FingerprintEntry, ModuleEntry
-from ..stored_tensors import tensor_bytes
+from ..files.tensors import tensor_bytes
 from .blocks import Block, block_update, blocks_of
 from .config import SMoAConfig
 from .start import belongs, block_ids, id_dtype, initial_factors, spectral_pieces

@@ -10,9 +10,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base_checkpoint import BaseCheckpoint
+from ..adapters.config import FingerprintEntry, ModuleEntry
+from ..base.checkpoint import BaseCheckpoint
 from ..errors import AdapterError, ConfigError
-from ..formats.config import FingerprintEntry, ModuleEntry
 from .checkpoint import with_peft_names
 from .config import SMoAConfig
 from .layer import SMoALayer, SMoALinear

@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..order_cache import OrderCache, Positions
-from ..spectral import block_pieces, scores_float32, scores_float64
+from ..base.orders import OrderCache, Positions
+from ..base.spectral import block_pieces, scores_float32, scores_float64
 
 logger = logging.getLogger(__name__)
 

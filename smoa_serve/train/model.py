@@ -8,11 +8,11 @@ import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-from ..base_checkpoint import BaseCheckpoint
+from ..adapters.patterns import PatternError
+from ..adapters.targets import select_modules, unmatched
+from ..base.checkpoint import BaseCheckpoint
 from ..errors import BaseModelError, ConfigError
-from ..patterns import PatternError
 from ..peft import SMoAConfig, SMoAModel
-from ..targets import select_modules, unmatched
 from .config import AdapterSettings, HiraSettings, LoraSettings, SmoaSettings, TrainConfig
 
 ALL_LINEAR = "all-linear"

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..adapter import AdapterKind
-from ..base_checkpoint import BaseCheckpoint
-from ..formats import detect_kind, load_adapter
-from ..formats.lora import load_lora
-from ..formats.options import LoadOptions
-from ..formats.source import open_source
+from ..adapters import detect_kind, load_adapter
+from ..adapters.lora import load_lora
+from ..adapters.model import AdapterKind
+from ..adapters.options import LoadOptions
+from ..adapters.source import open_source
+from ..base.checkpoint import BaseCheckpoint
 from .config import TrainConfig
 from .tokens import TokenizedData
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..base_checkpoint import BaseCheckpoint
+from ..base.checkpoint import BaseCheckpoint
 from ..errors import BaseModelError
 from .config import TrainConfig
 from .data import read_examples

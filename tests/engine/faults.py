@@ -12,10 +12,10 @@ BEFORE_ONLY = ("acquire",)
 # module, class or None, functions
 POINTS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("smoa_serve.store", "AdapterStore", ("entry",)),
-    ("smoa_serve.engine.worker_manager", None, ("load_adapter",)),
-    ("smoa_serve.engine.model_manager", None, ("bind_modules",)),
-    ("smoa_serve.engine.model_manager", "SmoaModelManager", ("check_lora", "_add_adapter", "remove_adapter")),
-    ("smoa_serve.engine.layers", "SmoaLinearMixin", ("set_lora", "reset_lora")),
+    ("smoa_serve.engine.worker", None, ("load_adapter",)),
+    ("smoa_serve.engine.manager", None, ("bind_modules",)),
+    ("smoa_serve.engine.manager", "SmoaModelManager", ("check_lora", "_add_adapter", "remove_adapter")),
+    ("smoa_serve.engine.linear", "SmoaLinearMixin", ("set_lora", "reset_lora")),
     ("smoa_serve.engine.weights", "ServedWeight", ("block", "whole")),
     ("smoa_kernels.partition_source", "PartitionSource", ("acquire", "keep")),
     (

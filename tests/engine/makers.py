@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.formats import LoadOptions, detect_kind, load_adapter, write_portable
-from smoa_serve.formats.lora import load_lora
-from smoa_serve.formats.source import open_source
+from smoa_serve.adapters import LoadOptions, detect_kind, load_adapter, write_portable
+from smoa_serve.adapters.lora import load_lora
+from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.adapters.source import open_source
+from smoa_serve.base.checkpoint import BaseCheckpoint
 
 # Typical size of an entry of the update, in units of the weight: answers differ within a few tokens.
 STRENGTH = 1.0

@@ -10,9 +10,10 @@ import pytest
 import torch
 from smoa_kernels import StepPlan
 
-from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.engine import layers, merging
-from smoa_serve.formats import load_adapter, write_portable
+from smoa_serve.adapters import load_adapter, write_portable
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.engine import linear as layers
+from smoa_serve.engine import merging
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu]
 

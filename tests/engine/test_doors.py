@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute, Mount, WebSocketRoute
 
-from smoa_serve.http.guard import OPEN_PATHS
+from smoa_serve.server.auth import OPEN_PATHS
 
 pytestmark = pytest.mark.engine
 

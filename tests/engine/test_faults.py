@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.http.engine_calls import bring_in
-from smoa_serve.http.ladder import Ladder
-from smoa_serve.merge_policy import MergePolicy
+from smoa_serve.residence.engine_client import bring_in
+from smoa_serve.residence.ladder import Ladder
+from smoa_serve.settings import MergePolicy
 
 pytestmark = pytest.mark.engine
 

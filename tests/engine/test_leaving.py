@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.adapter import AdapterKind
+from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.store import StagedAdapter
 
 pytestmark = pytest.mark.engine
@@ -56,7 +56,8 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Any:
     # vLLM's module first, as in a server: where the plugin is registered, its import brings ours.
     import vllm.entrypoints.openai.models.serving  # noqa: F401
 
-    from smoa_serve.http import ladder, serving_models
+    from smoa_serve.residence import ladder
+    from smoa_serve.server import models as serving_models
 
     for gauge in (ladder.BYTES, ladder.STEP):  # other tests' adapters
         gauge.clear()
@@ -90,8 +91,8 @@ async def settled(models: Any) -> None:
 
 def remembered(models: Any) -> dict[str, Any]:
     """Everything that could grow."""
-    from smoa_serve.http.counting import served
-    from smoa_serve.http.ladder import BYTES, STEP
+    from smoa_serve.residence.counting import served
+    from smoa_serve.residence.ladder import BYTES, STEP
 
     counted = {name for name in served(models.engine_client) if name}
     shown = {labels for gauge in (BYTES, STEP) for labels in gauge._metrics}
@@ -107,7 +108,7 @@ def run(test: Callable[[], Any]) -> None:
 
 async def enter(models: Any, lora: Any, request: str) -> None:
     """What a request does on its way into the engine."""
-    from smoa_serve.http.counting import enter_request
+    from smoa_serve.residence.counting import enter_request
 
     async def add_request(*args: Any, lora_request: Any) -> None:
         await asyncio.sleep(0)
@@ -117,7 +118,7 @@ async def enter(models: Any, lora: Any, request: str) -> None:
 
 
 def test_nothing_is_remembered_of_adapters_that_have_left(models: Any) -> None:
-    from smoa_serve.http.ladder import BYTES, STEP
+    from smoa_serve.residence.ladder import BYTES, STEP
 
     async def test() -> None:
         for place in range(50):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.base.checkpoint import BaseCheckpoint
 
 pytestmark = pytest.mark.engine
 
@@ -146,7 +146,7 @@ def test_what_would_be_served_otherwise_is_refused_with_the_reason(
     tiny: Any, checkpoint: BaseCheckpoint, name: str
 ) -> None:
     from smoa_serve.errors import AdapterError
-    from smoa_serve.inspection import verify_adapter
+    from smoa_serve.offline.inspect import verify_adapter
 
     said, reason = REFUSED[name]
     path = write_lora(checkpoint, tiny.root / f"refused-{name.replace(' ', '-')}", {}, said)

@@ -13,7 +13,7 @@ T, H_IN, H_OUT, R = 6, 16, 24, 2
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A layer with one adapter in slot 1, where the op looks for it."""
-    from smoa_serve.engine import layers
+    from smoa_serve.engine import linear as layers
 
     torch.manual_seed(0)
     weight = torch.randn(H_OUT, H_IN)

@@ -17,7 +17,7 @@ def test_what_overflows_in_the_engines_dtype_is_refused_and_nothing_is_lost(
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from smoa_serve.formats import load_adapter, write_portable
+    from smoa_serve.adapters import load_adapter, write_portable
 
     base = vectors / "e2e/tiny-llama/base"
     good = makers.make_adapter(base, tmp_path / "good", "smoa", (3, 3), seed=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]

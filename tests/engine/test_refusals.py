@@ -369,7 +369,7 @@ def test_incomplete_requests_are_refused(tiny: Any, body: dict[str, Any]) -> Non
 @pytest.fixture
 def rewritten(tiny: Any) -> Callable[..., Path]:
     """An adapter like smoa-r8-k2 with changed modules, written as if it had always been so."""
-    from smoa_serve.formats import load_adapter, write_portable
+    from smoa_serve.adapters import load_adapter, write_portable
 
     def rewrite(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
         adapter = load_adapter(tiny.adapters["smoa-r8-k2"].path, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.engine.compat import SUPPORTED, check_signatures, check_version
+from smoa_serve.engine.host.compat import SUPPORTED, check_signatures, check_version
 from smoa_serve.errors import CompatibilityError
 
 # A process that has the plugin in the API server but not in the workers it starts.
@@ -55,13 +55,13 @@ def test_every_changed_seam_is_named() -> None:
 def test_the_installed_vllm_has_the_known_seams() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
-    from smoa_serve.engine.seams import check_worker_seams
+    from smoa_serve.engine.host.seams import check_worker_seams
 
     check_worker_seams(mixin)
 
 
 def test_a_worker_module_without_the_seam_is_refused() -> None:
-    from smoa_serve.engine.seams import check_worker_seams
+    from smoa_serve.engine.host.seams import check_worker_seams
 
     with pytest.raises(CompatibilityError, match="LRUCacheWorkerLoRAManager"):
         check_worker_seams(ModuleType("lora_model_runner_mixin"))

@@ -107,7 +107,7 @@ def engine(
 def test_requests_of_an_adapter_that_cannot_come_in_end_with_the_reason(
     engine: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+    from smoa_serve.engine.worker import SmoaWorkerManager
 
     names = [None, "a", "b", "c", "d", "a", "b", None]
     engine.reset_prefix_cache()
@@ -144,7 +144,7 @@ def test_a_request_that_runs_ends_when_its_adapter_cannot_come_back(
     """Another adapter took its slot between two steps: vLLM's `add_lora` may at any time."""
     from vllm import SamplingParams
 
-    from smoa_serve.engine.worker_manager import SmoaWorkerManager
+    from smoa_serve.engine.worker import SmoaWorkerManager
 
     core, settings = engine.llm_engine, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     for name in ("a", "b"):
@@ -172,7 +172,7 @@ def test_a_request_that_runs_ends_when_its_adapter_cannot_come_back(
 def test_a_load_that_fails_on_a_worker_says_why(
     engine: Any, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smoa_serve.engine import model_manager
+    from smoa_serve.engine import manager as model_manager
 
     engine.llm_engine.remove_lora(1)
     monkeypatch.setattr(model_manager, "bind_modules", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))

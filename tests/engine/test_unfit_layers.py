@@ -147,8 +147,8 @@ def test_a_float32_gate_is_refused_as_a_target(
 
 
 def test_the_layers_beside_a_float32_gate_serve(gated: Any, gated_base: Path, makers: Any, tmp_path: Path) -> None:
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
 
     path = makers.make_adapter(gated_base, tmp_path / "beside", "smoa", (2, 2), seed=2, targets=("q_proj", "down_proj"))
     model = gated_reference(gated_base)
@@ -165,7 +165,7 @@ def test_the_layers_beside_a_float32_gate_serve(gated: Any, gated_base: Path, ma
 def test_every_spelling_of_a_wrapped_models_modules_is_the_same_adapter(
     gated: Any, gated_base: Path, makers: Any, tmp_path: Path, kind: str
 ) -> None:
-    from smoa_serve.formats import load_adapter, write_hira
+    from smoa_serve.adapters import load_adapter, write_hira
 
     path = makers.make_adapter(
         gated_base, tmp_path / kind, kind, (4,), seed=3, targets=("q_proj", "v_proj", "down_proj")

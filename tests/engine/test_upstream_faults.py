@@ -120,7 +120,7 @@ def test_prompt_logprobs_in_a_mixed_batch_do_not_end_the_engine(kind: str | None
 
 
 def test_an_adapter_on_the_output_head_is_refused(engine: Any, base: Path, makers: Any, tmp_path: Path) -> None:
-    """Its prompt logprobs could not be right, see engine/logits.py."""
+    """Its prompt logprobs could not be right, see engine/host/logits.py."""
     from vllm.lora.request import LoRARequest
 
     path = makers.make_adapter(base, tmp_path / "head", "lora", (4,), seed=5, targets=("lm_head",))

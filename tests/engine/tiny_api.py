@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
-from smoa_serve.formats import write_portable
-from smoa_serve.spectral import even_ranks
+from smoa_serve.adapters import write_portable
+from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.base.spectral import even_ranks
 
 # The tiny tokenizer's words are t0 … t127; these take the place of the last ones, so that it can write JSON.
 JSON_WORDS = ("{", "}", ":", ",", '"name"', '"age"', '"ann"', '"bob"', "1", "2")

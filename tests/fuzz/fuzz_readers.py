@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from safetensors.torch import load, save, save_file
 
-from smoa_serve.adapter import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.adapters import LoadOptions, load_adapter, write_portable
+from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.cli.adapter_limits import slot_rank
 from smoa_serve.errors import SmoaError
-from smoa_serve.formats import LoadOptions, load_adapter, write_portable
-from smoa_serve.inspection import inspect_adapter, verify_adapter
-from smoa_serve.merge import load_deltas
+from smoa_serve.offline.checkpoint import load_deltas
+from smoa_serve.offline.inspect import inspect_adapter, verify_adapter
 from smoa_serve.store import AdapterStore
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"

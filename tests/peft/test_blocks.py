@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smoa_serve.adapter import ModuleUpdate
+from smoa_serve.adapters.model import ModuleUpdate
 
 pytestmark = pytest.mark.matrix
 CASES = [

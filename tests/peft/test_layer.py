@@ -32,8 +32,8 @@ def _base(tensors: dict[str, Tensor], transposed: bool) -> nn.Module:
 
 def _layer(case: dict[str, Any], tensors: dict[str, Tensor]) -> "SMoALinear":
     """Our layer on the recorded weight, with the recorded order and factors."""
-    from smoa_serve.formats.canonical import canonical_update
-    from smoa_serve.formats.config import ModuleEntry
+    from smoa_serve.adapters.canonical import canonical_update
+    from smoa_serve.adapters.config import ModuleEntry
     from smoa_serve.peft import SMoAConfig, SMoALinear
     from smoa_serve.peft.start import id_dtype
 

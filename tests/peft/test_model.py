@@ -139,9 +139,9 @@ def test_a_saved_adapter_is_read_by_the_server_and_by_peft(
 ) -> None:
     from peft import PeftModel
 
-    from smoa_serve.adapter import OrderStatus
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.adapters.model import OrderStatus
+    from smoa_serve.base.checkpoint import BaseCheckpoint
 
     model = _trained(base_path, **settings)
     expected = _logits(model)
@@ -182,7 +182,7 @@ def test_resuming_takes_the_recorded_order(base_path: Path, tmp_path: Path, monk
 
 
 def test_saving_again_and_as_a_pickle_leaves_one_portable_adapter(base_path: Path, tmp_path: Path) -> None:
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
 
     model = _trained(base_path)
     model.save_pretrained(tmp_path)
@@ -201,7 +201,7 @@ def test_a_converted_adapter_is_read_by_peft(base_path: Path, tmp_path: Path) ->
 
     from peft import PeftModel
 
-    from smoa_serve.formats import load_adapter, write_portable
+    from smoa_serve.adapters import load_adapter, write_portable
 
     model = _trained(base_path)
     model.save_pretrained(tmp_path / "out")
@@ -218,8 +218,8 @@ def test_recorded_logits_of_whole_models_are_reproduced(
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.convert import TargetFormat, convert
+    from smoa_serve.base.checkpoint import BaseCheckpoint
+    from smoa_serve.offline.convert import TargetFormat, convert
 
     for entry in vector_index["e2e"]:
         folder = vectors / entry["base"]
@@ -268,8 +268,8 @@ def test_a_configuration_from_a_checkpoint_without_its_tensors_is_no_silent_star
 def test_one_configuration_for_two_models_records_each_for_itself(base_path: Path, tmp_path: Path) -> None:
     from peft import get_peft_model
 
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
 
     config = _config()
     first = get_peft_model(_base(base_path), config)
@@ -299,7 +299,7 @@ def test_merging_unmerging_and_unloading(base_path: Path) -> None:
 def test_adapters_with_other_blocks_live_side_by_side(base_path: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
 
     model = _trained(base_path)
     one, none = _logits(model), _logits(_base(base_path))
@@ -330,8 +330,8 @@ def test_conv1d_layers(tmp_path: Path) -> None:
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
 
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=32)).save_pretrained(tmp_path / "base")
@@ -367,8 +367,8 @@ def test_the_trainer_trains_saves_and_resumes(base_path: Path, tmp_path: Path) -
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
 
     data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
 

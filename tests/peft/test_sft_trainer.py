@@ -41,8 +41,8 @@ def test_sft_trainer_trains_and_saves_what_the_server_reads(base: Path, tmp_path
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from smoa_serve.base_checkpoint import BaseCheckpoint
-    from smoa_serve.formats import load_adapter
+    from smoa_serve.adapters import load_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
     from smoa_serve.peft import SMoAConfig
 
     turns = [{"role": "user", "content": "What is a tree?"}, {"role": "assistant", "content": "A tall plant."}]

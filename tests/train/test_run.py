@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from smoa_serve.base_checkpoint import BaseCheckpoint
+from smoa_serve.adapters import load_adapter
+from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import BaseModelError, ConfigError
-from smoa_serve.formats import load_adapter
 from smoa_serve.train import run, train
 from smoa_serve.train.progress import DivergedError
 from smoa_serve.train.report import adapter_digest

@@ -1,0 +1,1 @@
+"""The base model on disk: its weights, their fingerprints and spectral orders."""

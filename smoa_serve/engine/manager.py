@@ -1,0 +1,236 @@
+"""Slots and per-step maps: vLLM's LoRA manager, taught about SMoA adapters."""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from smoa_kernels import StepPlan
+from vllm.config import VllmConfig
+from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, LoRAMappingType, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.model_executor.models import supports_multimodal
+from vllm.utils.platform_utils import is_pin_memory_available
+
+from smoa_serve.adapters.model import Adapter, ModuleUpdate
+from smoa_serve.adapters.overflow import overflow_reasons
+from smoa_serve.engine import linear as layers
+from smoa_serve.engine import quantized
+from smoa_serve.engine.bind import bind_modules, check_lora_factors
+from smoa_serve.engine.freeing import SmoaModel
+from smoa_serve.engine.host import compiling, logits
+from smoa_serve.engine.merging import WeightChecksumError
+from smoa_serve.engine.moving import MovingManager
+from smoa_serve.errors import AdapterError
+from smoa_serve.settings import Settings
+
+
+class SmoaModelManager(MovingManager):
+    """Keeps SMoA, HiRA and LoRA adapters in the same slots and caches.
+
+    Attributes:
+        plan: which tokens of the current step use which SMoA slot.
+        smoa_refusal: why this engine serves no SMoA adapters at all; None when it does.
+        unattached: layer -> why it takes no SMoA adapters though vLLM wraps it.
+        absorbed: layers whose update would be lost, whatever adds it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.smoa_refusal is None:
+            wrapped = (layer for layer in self.modules.values() if isinstance(layer, layers.SmoaLinearMixin))
+            quantized.report(wrapped, self._model_dtype)
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
+        super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        self._static_context = vllm_config.compilation_config.static_forward_context
+        self._pipeline_size = vllm_config.parallel_config.pipeline_parallel_size
+        self._model_dtype: torch.dtype = vllm_config.model_config.dtype
+        self.smoa_refusal = self._refusal(vllm_config)
+        self.unattached: dict[str, str] = {}
+        self.absorbed: set[str] = set()
+        self._whole = Settings.from_environment().one_pass
+        self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
+        self._seen: object = None
+        self.begin_moving()
+
+    def _refusal(self, vllm_config: VllmConfig) -> str | None:
+        self.captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
+        if self.captured and not Settings.from_environment().cuda_graphs:
+            return (
+                "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
+                "SMOA_CUDA_GRAPHS=1 to try them"
+            )
+        if vllm_config.model_config.is_encoder_decoder:
+            return "the encoder's tokens have no adapters of their own in this encoder-decoder model"
+        if self.lora_config.fully_sharded_loras:
+            return "--fully-sharded-loras cuts factors along the rank; start the server without it"
+        if self.lora_config.lora_dtype not in (None, self._model_dtype):
+            return (
+                f"--lora-dtype is {self.lora_config.lora_dtype} and the model runs in {self._model_dtype}; "
+                "start the server without --lora-dtype"
+            )
+        return None
+
+    def register_module(self, module_name: str, module: BaseLayerWithLoRA) -> None:
+        """Called by vLLM for every layer it wrapped."""
+        reason = self._unattachable(module_name, module)
+        if isinstance(module, LogitsProcessorWithLoRA):
+            logits.leave_out(module)
+        elif self.device.type == "cpu":
+            self._register_cpu_module(module_name, module, attached=reason is None)
+        if reason is None:
+            layers.attach(
+                module, module_name, self.plan, self.lora_slots, self._model_dtype, self.captured, self._whole
+            )
+            self._static_context[layers.layer_key(module_name)] = module
+        else:
+            self.unattached[module_name] = reason
+        super().register_module(module_name, module)
+
+    def _unattachable(self, module_name: str, module: BaseLayerWithLoRA) -> str | None:
+        """Why a layer takes no SMoA and HiRA adapters; None when it does."""
+        if self._is_absorbed(module_name):
+            self.absorbed.add(module_name)
+            return "MLA multiplies it into the attention when the model is loaded, so an update of it would be lost"
+        if self.smoa_refusal is not None:
+            return self.smoa_refusal
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            return f"vLLM wraps it as {type(module).__name__}, which takes LoRA only"
+        if not self._is_language(module_name):
+            return "it belongs to a tower or connector, whose tokens are not the language model's"
+        return layers.dtype_refusal(module, self._model_dtype)
+
+    def _is_absorbed(self, module_name: str) -> bool:
+        """Whether the attention beside the layer works on matrices made from its weight."""
+        parent, _, name = module_name.rpartition(".")
+        if name != "kv_b_proj":
+            return False
+        around = self.model.get_submodule(parent).modules()
+        return any(cls.__name__ == "MLAAttention" for module in around for cls in type(module).__mro__)
+
+    def _register_cpu_module(self, module_name: str, module: BaseLayerWithLoRA, *, attached: bool) -> None:
+        if hasattr(module, "lora_b_stacked"):
+            layers.add_empty_slot(module)
+        if isinstance(module, VocabParallelEmbeddingWithLoRA):
+            compiling.make_opaque(module, layers.layer_key(module_name))
+            self._static_context[layers.layer_key(module_name)] = module
+        elif not (attached and layers.can_be_opaque(module)):
+            compiling.forbid_compilation(self.model)
+
+    def _is_language(self, module_name: str) -> bool:
+        """Whether the layer sees the language model's tokens: towers and connectors have token maps of their own."""
+        if not self.supports_mm:
+            return self._language_prefix is not None and module_name.startswith(self._language_prefix)
+        wrapper = self._get_punica_wrapper(module_name)
+        return wrapper is self.punica_wrapper_mapping[self.mm_mapping.language_model[0]]
+
+    @cached_property
+    def _language_prefix(self) -> str | None:
+        """How the language model's modules begin where vLLM knows no token maps; None where it does not tell either."""
+        if not supports_multimodal(self.model):
+            return ""
+        try:
+            language = self.model.get_language_model()
+        except NotImplementedError:
+            return None
+        names = [f"{name}." if name else "" for name, module in self.model.named_modules() if module is language]
+        return names[0] if names else None
+
+    def make_model(self, adapter: Adapter, lora_id: int, source: str) -> SmoaModel:
+        """Bind an adapter's modules to this rank's layers; in pinned memory, where a device copies from it.
+
+        Raises:
+            AdapterError: this engine cannot serve it; every reason.
+        """
+        reasons = overflow_reasons(adapter.modules, self._model_dtype)
+        if reasons:
+            raise AdapterError(source, reasons)
+        if self.device.type == "cuda" and is_pin_memory_available():
+            modules = {name: pinned(update) for name, update in adapter.modules.items()}
+            adapter = dataclasses.replace(adapter, modules=modules)
+        bound = bind_modules(self, adapter, source)
+        model = SmoaModel(lora_id, max(adapter.max_rank, 1), bound)
+        model.adapter = adapter
+        return model
+
+    def check_lora(self, lora: LoRAModel, source: str) -> None:
+        """Refuse what vLLM's LoRA path would not serve exactly here.
+
+        Raises:
+            AdapterError: every reason.
+        """
+        check_lora_factors(self, lora, source)
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        self._content_version += 1
+        if isinstance(lora, SmoaModel):
+            # Already packed and bound: vLLM's packing of LoRA weights does not apply.
+            self._registered_adapters[lora.id] = lora
+        else:
+            super()._add_adapter(lora)
+
+    def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        """Write the step's maps, unless nothing changed: neither the batch, nor the slots, nor what they hold."""
+        if self.merger.broken is not None:
+            raise WeightChecksumError(self.merger.broken)
+        seen = (mapping, tuple(self.lora_index_to_id), self._content_version)
+        if seen != self._seen:
+            self._set_adapter_mapping(mapping)
+            self.traffic.begin(mapping.index_mapping)
+            self._seen = seen
+        self.traffic.step()
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        smoa_slots = {
+            lora_id: slot
+            for slot, lora_id in enumerate(self.lora_index_to_id)
+            if lora_id is not None and isinstance(self._registered_adapters.cache.get(lora_id), SmoaModel)
+        }
+        for lora_id, slot in smoa_slots.items():
+            adapter = self._registered_adapters.cache[lora_id].adapter
+            self.plan.describe(slot, adapter.max_rank, lora_id in self._resident)
+        if mapping.type is LoRAMappingType.LANGUAGE:
+            self._update_plan(mapping.index_mapping, smoa_slots)
+        if smoa_slots:
+            mapping = LoRAMapping(
+                index_mapping=tuple(0 if i in smoa_slots else i for i in mapping.index_mapping),
+                prompt_mapping=tuple(0 if i in smoa_slots else i for i in mapping.prompt_mapping),
+                is_prefill=mapping.is_prefill,
+                type=mapping.type,
+            )
+        super()._set_adapter_mapping(mapping)
+
+    def _update_plan(self, token_lora_ids: tuple[int, ...], smoa_slots: dict[int, int]) -> None:
+        """The step's map, and with it the weights that the step runs on: every rank sees the same tokens."""
+        merged_id = self.merger.lora_id
+        wanted = self.merger.wants(token_lora_ids, smoa_slots) if merged_id is not None else False
+        active = self.merger.settle(wanted)
+        if active and merged_id is not None:
+            smoa_slots = smoa_slots | {merged_id: self.lora_slots}
+        self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
+
+    def touch_active(self, lora_ids: set[int]) -> None:
+        """Mark adapters as just used, so that making room for others of the same step takes none of them."""
+        for lora_id in lora_ids:
+            if lora_id in self._active_adapters:
+                self._active_adapters.touch(lora_id)
+            if lora_id in self._registered_adapters:
+                self._registered_adapters.touch(lora_id)
+
+
+def pinned(update: ModuleUpdate) -> ModuleUpdate:
+    """With factors in pinned memory."""
+    return dataclasses.replace(update, a=update.a.pin_memory(), b=update.b.pin_memory())
+
+
+def _token_slots(token_lora_ids: tuple[int, ...], slots: dict[int, int]) -> Any:
+    """[T] slot of each token, -1 where its adapter is none of ours."""
+    ids = np.asarray(token_lora_ids, dtype=np.int64)
+    result = np.full(ids.shape, -1, dtype=np.int64)
+    for lora_id, slot in slots.items():
+        result[ids == lora_id] = slot
+    return result

@@ -1,0 +1,1 @@
+"""Names that users see, and the contents behind them."""

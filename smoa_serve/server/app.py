@@ -1,0 +1,145 @@
+"""Routes of this project in vLLM's API server; they stand under /v1 and so behind the same `--api-key`."""
+
+import asyncio
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from smoa_serve.errors import EngineGoneError
+from smoa_serve.residence.counting import served
+from smoa_serve.residence.engine_client import several_processes
+from smoa_serve.residence.ladder import Ladder, step_of
+from smoa_serve.residence.loop import LadderLoop
+from smoa_serve.server.routes import residence as moves
+from smoa_serve.server.routes.residence import refused
+from smoa_serve.settings import Settings
+
+router = APIRouter(prefix="/v1/smoa")
+
+
+class AdapterInfo(BaseModel):
+    """One adapter as it is served now."""
+
+    name: str
+    kind: str = Field(description="smoa, hira or lora")
+    digest: str = Field(description="sha256 of everything that changes the maths")
+    rank: int = Field(description="total rank r")
+    max_rank: int = Field(description="widest branch: what a slot must hold")
+    num_blocks: int = Field(description="K")
+    parameters: int
+    bytes: int = Field(description="factors and block ids in host memory")
+    residence: str = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
+    resident_bytes: int = Field(description="held for it while resident or merged, all workers")
+    pinned: bool = Field(description="the automatic policy leaves it where it is")
+    order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
+    order_error: float = Field(description="worst expected relative error of a layer's update from the order")
+    requests: int = Field(description="requests this content got under this name since it came")
+    path: str = Field(description="as it was given")
+
+
+class AdapterList(BaseModel):
+    """All adapters."""
+
+    object: str = "list"
+    data: list[AdapterInfo]
+
+
+@router.get("/adapters")
+async def list_adapters(raw_request: Request) -> AdapterList:
+    """Every adapter that can be asked for, and where it resides."""
+    state = raw_request.app.state
+    engine = state.engine_client
+    models = state.openai_serving_models
+    statuses = await state.smoa_ladder.call("smoa_status")
+    counts = served(engine)
+    data = []
+    for name, revision in sorted(models.revisions.items()):
+        staged = revision.staged
+        data.append(
+            AdapterInfo(
+                name=name,
+                kind=staged.kind.value,
+                digest=staged.digest,
+                rank=staged.rank,
+                max_rank=staged.max_rank,
+                num_blocks=staged.num_blocks,
+                parameters=staged.parameters,
+                bytes=staged.nbytes,
+                residence=step_of(statuses, revision.lora_int_id),
+                resident_bytes=sum(
+                    status.get("resident_bytes", {}).get(str(revision.lora_int_id), 0) for status in statuses
+                ),
+                pinned=name in state.smoa_ladder.pinned,
+                order=staged.order.value if staged.order is not None else None,
+                order_error=staged.order_error,
+                requests=counts[revision.engine_name],
+                path=revision.requested_path,
+            )
+        )
+    return AdapterList(data=data)
+
+
+class PolicyInfo(BaseModel):
+    """What the automatic policy may do, what it sees, and what it did last."""
+
+    merge: bool
+    resident: bool
+    budget_bytes: int
+    tokens_per_step: float = Field(description="base and adapters, weighted towards the last intervals")
+    adapters: dict[str, float] = Field(description="tokens per step of each adapter that had any")
+    pinned: list[str]
+    moving: str | None = Field(description="the move that is under way, by hand or not")
+    decisions: list[dict[str, str]] = Field(description="newest first: time, name, action, reason, result")
+
+
+@router.get("/policy")
+async def show_policy(raw_request: Request) -> PolicyInfo:
+    """Why adapters reside where they do."""
+    state = raw_request.app.state
+    loop: LadderLoop = state.smoa_policy
+    allowed, rates = loop.allowed, loop.rates
+    names = {str(revision.lora_int_id): name for name, revision in state.openai_serving_models.revisions.items()}
+    return PolicyInfo(
+        merge=allowed.merge,
+        resident=allowed.resident,
+        budget_bytes=allowed.budget_bytes,
+        tokens_per_step=rates.all,
+        adapters={names[number]: rate for number, rate in sorted(rates.tokens.items()) if number in names and rate},
+        pinned=sorted(state.smoa_ladder.pinned),
+        moving=state.smoa_ladder.moving,
+        decisions=list(loop.decisions),
+    )
+
+
+async def _engine_gone(_: Request, error: Exception) -> JSONResponse:
+    return refused(error, 503)
+
+
+class EndpointPlugin:
+    """The `vllm.endpoint_plugins` entry point. vLLM loads it when `VLLM_PLUGINS` names smoa_serve."""
+
+    name = "smoa_serve"
+    # All but the render server's, which has no engine.
+    required_tasks = ("generate", "transcription", "embed", "classify", "token_embed", "token_classify")
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes."""
+        from smoa_serve.server.routes import adapters as lora_routes  # vLLM's own modules, which are there by now
+
+        app.include_router(router)
+        app.include_router(moves.router)
+        app.include_router(lora_routes.router)
+        app.add_exception_handler(EngineGoneError, _engine_gone)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """The ladder of this server; all else is vLLM's own state."""
+        settings = Settings.from_environment()
+        models = state.openai_serving_models
+        state.smoa_ladder = models.ladder = Ladder(engine_client, models.revisions.get, models.remove_later)
+        state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
+        if engine_client.vllm_config.lora_config is not None and not several_processes(engine_client):
+            # Kept in the state: a task that nothing refers to may be collected.
+            state.smoa_policy_task = asyncio.create_task(state.smoa_policy.run(state))

@@ -1,0 +1,1 @@
+"""Routes of this project in vLLM's API server."""
