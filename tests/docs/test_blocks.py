@@ -8,15 +8,18 @@ block right below `<!-- not run: WHY -->` is not run. A `text` block is what the
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
-
-from smoa_serve.demo.server import ServerProcess, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # In the order in which they are run: pages of one server stand together.
@@ -78,8 +81,11 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._port, self._server, self._serving = free_port(), None, ""
-        self._server: ServerProcess | None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = int(probe.getsockname()[1])
+        self._server: subprocess.Popen[bytes] | None = None
+        self._serving = ""
         (folder / ".venv").symlink_to(sys.prefix)
         (folder / "configs").symlink_to(ROOT / "configs")
         shutil.copytree(ROOT / "smoa_serve" / "demo" / "weights", folder / ".demo")
@@ -104,16 +110,23 @@ class Terminal:
         if text == self._serving:
             return
         self.close()
-        command = [*SHELL, text.replace("smoa-serve serve", "exec smoa-serve serve")]
-        previous = Path.cwd()
-        os.chdir(self.folder)
-        try:
-            self._server = ServerProcess(command, self._port, self.folder / "server.log", self._environment)
-            self._server.__enter__()
-        finally:
-            os.chdir(previous)
+        log = self.folder / "server.log"
+        with log.open("wb") as out:
+            self._server = subprocess.Popen(
+                [*SHELL, text], cwd=self.folder, env=os.environ | self._environment, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self._serving = text
-        self._server.wait_ready(lambda waited_s, line: None)
+        deadline = time.monotonic() + 480
+        while not self._is_ready():
+            assert self._server.poll() is None, f"the server ended:\n{log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"the server did not start:\n{log.read_text()[-6000:]}"
+            time.sleep(0.5)
+
+    def _is_ready(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{self._port}/health", timeout=5).is_success
+        return False
 
     def run(self, block: Block, before: str) -> str:
         """What a block prints.
@@ -134,7 +147,11 @@ class Terminal:
     def close(self) -> None:
         """End the server."""
         if self._server is not None:
-            self._server.stop()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(self._server.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._server.wait(30)
         self._server, self._serving = None, ""
 
 
