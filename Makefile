@@ -5,6 +5,7 @@ VENV ?= .venv
 MATRIX_VERSION ?= 0.28
 MATRIX_PEFT ?= 0.19
 MATRIX_VENV ?= .venv-$(MATRIX_VERSION)
+DOCS_VENV ?= .venv-docs
 PY := $(VENV)/bin/python
 ARGS ?=
 # Test files at the same time; each engine that a test starts computes on one thread.
@@ -15,7 +16,7 @@ WHAT ?= serving
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models serve test test-matrix check format bench clean
+.PHONY: help setup demo demo-models serve test test-matrix check format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +48,12 @@ check: setup ## ruff and mypy
 format: setup ## let ruff repair and format
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+docs: ## build the site from docs/ into build/site, in an environment of its own; a warning is an error
+	@test -x $(DOCS_VENV)/bin/zensical || { $(or $(PYTHON),python3) -m venv $(DOCS_VENV) && \
+	$(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	| $(DOCS_VENV)/bin/pip install -q -r /dev/stdin; }
+	@$(DOCS_VENV)/bin/zensical build --strict --clean
 
 bench: setup ## python -m benchmarks $(WHAT): make bench WHAT=serving ARGS=--quick
 	@$(PY) -m benchmarks $(WHAT) $(ARGS)

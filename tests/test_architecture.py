@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# As in docs/architecture.md, first to last.
+# As in docs/explain/architecture.md, first to last.
 STAGES = (
     ("basics", ("errors", "settings", "files")),
     ("base model", ("base",)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from smoa_serve.errors import CompatibilityError
 
-# Lowest and highest (major, minor) the test suite or the seam check has seen; see docs/architecture.md.
+# Lowest and highest (major, minor) the test suite or the seam check has seen; see docs/explain/architecture.md.
 SUPPORTED = ((0, 26), (0, 32))
 
 
