@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoa_serve.adapters import LoadOptions, detect_kind, load_adapter
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter
 from smoa_serve.adapters.model import Adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError, AdapterNotFoundError
@@ -307,12 +307,12 @@ def test_a_published_adapter_needs_its_base(small: Small) -> None:
 
 def test_nothing_at_the_path_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFoundError, match="there is no such file or folder"):
-        detect_kind(tmp_path / "nowhere")
+        open_adapter(tmp_path / "nowhere")
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
-        detect_kind(tmp_path)
+        open_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA"}')
     with pytest.raises(AdapterError, match="there is no weight file"):
-        detect_kind(tmp_path)
+        open_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../adapter", "a/b", ".."])
