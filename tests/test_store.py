@@ -45,10 +45,27 @@ def test_a_published_adapter_becomes_a_portable_copy(
     adapter = load_adapter(staged.path, llama)
     assert (staged.kind, staged.digest) == (AdapterKind.SMOA, adapter.digest)
     assert (staged.rank, staged.max_rank, staged.num_blocks) == (6, 2, 4)
-    assert (staged.parameters, staged.bytes) == (adapter.num_parameters, adapter.nbytes)
+    assert (staged.parameters, staged.bytes) == (
+        sum(m.num_parameters for m in adapter.modules.values()),
+        adapter.nbytes,
+    )
     assert (staged.order, staged.order_error) == (OrderStatus.RECOMPUTED, 0.0)
     assert staged.source == str(published.resolve())
     assert staged.digest in staged.path.name
+
+
+def test_the_manifest_is_the_one_of_earlier_releases(
+    store: AdapterStore, llama: BaseCheckpoint, published: Path
+) -> None:
+    staged = store.stage(store.open(published), llama)
+    file = staged.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    facts = {"kind", "digest", "rank", "max_rank", "num_blocks", "parameters", "nbytes", "order", "order_error"}
+    assert (manifest["version"], set(manifest["adapter"])) == (1, {*facts, "source"})
+    assert manifest["adapter"]["nbytes"] == staged.bytes
+    assert store.entry(staged.path) == staged
+    file.write_text(json.dumps(manifest | {"adapter": manifest["adapter"] | {"unheard": 1}}))
+    assert store.entry(staged.path) is None
 
 
 def test_the_same_content_is_one_entry_and_an_entry_is_itself(

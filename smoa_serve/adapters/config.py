@@ -8,8 +8,6 @@ from ..base.fingerprint import WeightFingerprint
 from ..errors import AdapterError
 from .model import AdapterKind, OrderStatus
 
-PORTABLE_FORMAT = "smoa-serve-portable"
-PORTABLE_VERSION = 1
 # Keys that cannot change what a finished adapter computes. Every other unknown key is refused unless it is null.
 HARMLESS = frozenset(
     {

@@ -48,15 +48,5 @@ def file_of(source: Source) -> AdapterFile[Any]:
 
 
 def load_adapter(path: str | Path, base: BaseCheckpoint | None, options: LoadOptions = DEFAULT) -> Adapter:
-    """Read a published SMoA, PEFT HiRA or portable adapter and check it against its base.
-
-    Args:
-        path: as for `open_adapter`.
-        base: the base model; a published SMoA adapter cannot be read without.
-        options: see LoadOptions.
-
-    Raises:
-        AdapterNotFoundError: nothing is there.
-        AdapterError: with every reason; also for a LoRA adapter, which vLLM reads itself.
-    """
+    """A SMoA or HiRA adapter in the canonical form; raises as `open_adapter` and `AdapterFile.adapter` do."""
     return open_adapter(path, options).adapter(base)

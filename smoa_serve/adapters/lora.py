@@ -9,7 +9,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -35,7 +37,7 @@ from .keys import (
 from .lora_config import EXPERT_PARAMETERS, LoraConfig, pattern_name, read_lora_config
 from .model import Adapter, AdapterKind, Delta
 from .source import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, LoadOptions, Source
-from .summary import AdapterSummary, Fit, LayerSummary
+from .summary import Fit, LayerSummary
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class LoraAdapter:
     embeddings: dict[str, tuple[Tensor, Tensor]]
     rank: int
     base_model: str | None
+    order: ClassVar[None] = None
 
     @property
     def config(self) -> dict[str, object]:
@@ -87,7 +90,7 @@ class LoraAdapter:
             found |= {f"{PREFIX}{module}.lora_embedding_A": a, f"{PREFIX}{module}.lora_embedding_B": b}
         return found
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of what is computed: modules, factors and scales, whatever the container."""
         h = hashlib.sha256(b"lora\0scaled\0")
@@ -148,30 +151,17 @@ class LoraFile(AdapterFile[LoraAdapter]):
             base_model=config.base_model_name_or_path,
         )
 
-    def summary(self, base: BaseCheckpoint | None = None) -> AdapterSummary:
-        """See AdapterFile."""
-        lora, layers = self.read(base), self.layers(base)
-        return AdapterSummary(
-            kind=self.kind,
-            digest=lora.digest,
-            rank=lora.rank,
-            max_rank=lora.rank,
-            num_blocks=1,
-            parameters=sum(layer.parameters for layer in layers),
-            bytes=sum(layer.bytes for layer in layers),
-            order=None,
-            order_error=0.0,
-        )
-
     def layers(self, base: BaseCheckpoint | None = None) -> list[LayerSummary]:
-        """See AdapterFile."""
-        return [
-            LayerSummary(name, (b.shape[0], a.shape[1]), (a.shape[0],), 0.0, a.numel() + b.numel(), a.nbytes + b.nbytes)
-            for name, (a, b) in self.read(base).factors().items()
-        ]
+        """See AdapterFile. Fused experts have the rank of one of them."""
+        lora, layers = self.read(base), []
+        for name, (a, b) in lora.factors().items():
+            rank = lora.rank if _is_fused(name) else a.shape[0]
+            size, nbytes = a.numel() + b.numel(), a.nbytes + b.nbytes
+            layers.append(LayerSummary(name, (b.shape[0], a.shape[1]), (rank,), 0.0, size, nbytes))
+        return layers
 
-    def check(self, base: BaseCheckpoint, dtype: torch.dtype = torch.float32) -> Fit:
-        """See AdapterFile. vLLM's loader rounds the factors, whatever the dtype."""
+    def check(self, base: BaseCheckpoint, dtype: str | None = None) -> Fit:
+        """See AdapterFile. Names and shapes are all that its file tells of a base."""
         return Fit(len(self.read(base).factors()), exact=False, order_error=0.0)
 
     def adapter(self, base: BaseCheckpoint | None = None) -> Adapter:
@@ -186,13 +176,10 @@ class LoraFile(AdapterFile[LoraAdapter]):
             raise AdapterError(self.source.name, f"embeddings ({names}) cannot be merged here; use peft")
         return {name: _product(a, b) for name, (a, b) in lora.pairs.items()}
 
-    def base_mark(self, base: BaseCheckpoint) -> str:
-        """See AdapterFile."""
-        return ""
-
     def write_private(self, folder: Path, base: BaseCheckpoint) -> None:
         """See AdapterFile: as PEFT writes it, the scales multiplied in."""
         lora = self.read(base)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.contiguous() for name, t in lora.tensors.items()}, folder / WEIGHTS_NAME)
         (folder / CONFIG_NAME).write_text(json.dumps(lora.config, indent=2) + "\n", encoding="utf-8")
 

@@ -147,11 +147,6 @@ class Adapter:
         return max((m.num_blocks for m in self.modules.values()), default=1)
 
     @property
-    def num_parameters(self) -> int:
-        """Trainable numbers of all modules."""
-        return sum(m.num_parameters for m in self.modules.values())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of factors and block ids in host memory."""
         return sum(m.nbytes for m in self.modules.values())

@@ -23,7 +23,7 @@ from .keys import tensor_reasons
 from .model import Adapter, Delta, ModuleUpdate
 from .overflow import overflow_reasons
 from .source import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, Source
-from .summary import AdapterSummary, Fit, LayerSummary
+from .summary import Fit, LayerSummary
 
 FIELDS = ("smoa_a", "smoa_b", "smoa_row_block", "smoa_col_block")
 
@@ -85,21 +85,6 @@ class CanonicalFile(AdapterFile[Adapter]):
             check_binding(adapter, base, source=self.source.name)
         return adapter
 
-    def summary(self, base: BaseCheckpoint | None = None) -> AdapterSummary:
-        """See AdapterFile. Ranks and blocks are those of the factors, whatever the configuration allows."""
-        adapter = self.read(base)
-        return AdapterSummary(
-            kind=self.kind,
-            digest=adapter.digest,
-            rank=adapter.total_rank,
-            max_rank=adapter.max_rank,
-            num_blocks=adapter.most_blocks,
-            parameters=adapter.num_parameters,
-            bytes=adapter.nbytes,
-            order=adapter.order,
-            order_error=adapter.order_error,
-        )
-
     def layers(self, base: BaseCheckpoint | None = None) -> list[LayerSummary]:
         """See AdapterFile."""
         return [
@@ -107,11 +92,11 @@ class CanonicalFile(AdapterFile[Adapter]):
             for name, m in self.read(base).modules.items()
         ]
 
-    def check(self, base: BaseCheckpoint, dtype: torch.dtype = torch.float32) -> Fit:
+    def check(self, base: BaseCheckpoint, dtype: str | None = None) -> Fit:
         """See AdapterFile. Fingerprints count when they came with the file and met a weight: a published adapter gets
         them from the base at hand, and a quantized weight has none."""
         adapter = self.read(base)
-        self._refuse(overflow_reasons(adapter.modules, dtype))
+        self._refuse(overflow_reasons(adapter.modules, getattr(torch, dtype or base.dtype)))
         met = all(update.base and name not in base.quantized_modules for name, update in adapter.modules.items())
         return Fit(len(adapter.modules), self.records_base and met, adapter.order_error)
 

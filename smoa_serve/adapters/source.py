@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from ..errors import AdapterError, AdapterNotFoundError
 from ..files.json_file import JsonError, load_json
 from ..files.opened import OpenedFile
 from ..files.tensors import all_tensors
-from .model import Adapter, AdapterKind, Delta
+from .model import Adapter, AdapterKind, Delta, OrderStatus
 from .summary import AdapterSummary, Fit, LayerSummary
 
 CONFIG_NAME = "adapter_config.json"
@@ -30,7 +30,17 @@ FULL_STATE_FILES = ("model.safetensors", "pytorch_model.bin")
 NAME_LIMIT = 1024  # characters of a tensor's name
 FACTOR = re.compile(r"[._](lora|hira|smoa)_")  # in the name of a tensor that is an adapter's
 
-Content = TypeVar("Content")
+
+class Identified(Protocol):
+    """What a file holds: an `Adapter` or a `LoraAdapter`."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def order(self) -> OrderStatus | None: ...
+
+
+Content = TypeVar("Content", bound=Identified)
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,10 @@ def open_source(path: str | Path, options: LoadOptions, progress: Progress | Non
         folder = given if given.is_dir() else given.parent
         if options.adapter_name and given.is_dir():
             folder = _named_folder(path, given, options.adapter_name)
-        config_file = _opened_config(path, options.config_path or folder / CONFIG_NAME)
-        config = _read_config(path, config_file)
+        config_file, config = _read_config(path, options.config_path or folder / CONFIG_NAME)
         weights = OpenedFile(given if given.is_file() else _find_weights(path, folder))
-        if not config_file.is_in_place():
-            raise AdapterError(path, f"{config_file.path.name} was replaced while it was read; try again")
+        if not (config_file.is_in_place() and weights.is_in_place()):
+            raise AdapterError(path, "its files were replaced while they were opened; try again")
         return Source(str(path), folder, config, weights, options, progress)
 
 
@@ -151,34 +160,21 @@ def _readable(source: object) -> Iterator[None]:
         raise AdapterError(source, f"it cannot be read: {error}") from error
 
 
-def _opened_config(source: object, file: Path) -> OpenedFile:
+def _read_config(source: object, file: Path) -> tuple[OpenedFile, dict[str, object]]:
+    """A configuration file, and the JSON object in it."""
     if not file.is_file():
-        raise AdapterError(
-            source, f"there is no {file.name} beside it; a Trainer checkpoint has none: give one with --config FILE"
-        )
-    return OpenedFile(file)
-
-
-def _read_config(source: object, file: OpenedFile) -> dict[str, object]:
-    """The JSON object in a configuration file."""
+        what = f"there is no {file.name} beside it; a Trainer checkpoint has none"
+        raise AdapterError(source, f"{what}: give one with --config FILE")
+    opened = OpenedFile(file)
     try:
-        with file.reading() as handle:
-            return load_json(handle)
+        with opened.reading() as handle:
+            return opened, load_json(handle)
     except JsonError as error:
-        raise AdapterError(source, f"{file.path.name} cannot be read: {error}") from error
+        raise AdapterError(source, f"{file.name} cannot be read: {error}") from error
 
 
 def read_tensors(source: object, file: OpenedFile, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """All tensors of a .safetensors or (if allowed) .bin file.
-
-    Args:
-        source: what the user calls the adapter, for messages.
-        file: the weight file.
-        allow_pickle: read a .bin file.
-
-    Raises:
-        AdapterError: it cannot be read, was written meanwhile, or is a pickle that was not allowed.
-    """
+    """All tensors of a .safetensors or (if allowed) .bin file; raises as `Source.tensors`."""
     with _readable(source):
         safe = file.path.suffix == ".safetensors"
         tensors = _read_safetensors(source, file) if safe else _read_pickle(source, file, allow_pickle)
@@ -295,21 +291,33 @@ class AdapterFile(ABC, Generic[Content]):
             AdapterError: the configuration is none, or leaves the rank open.
         """
 
-    @abstractmethod
     def summary(self, base: BaseCheckpoint | None = None) -> AdapterSummary:
-        """What is known about it."""
+        """What is known about it: from the factors, whatever the configuration allows."""
+        content, layers = self.read(base), self.layers(base)
+        ranks = [layer.branch_ranks for layer in layers]
+        return AdapterSummary(
+            kind=self.kind,
+            digest=content.digest,
+            rank=max(map(sum, ranks), default=0),
+            max_rank=max(map(max, ranks), default=0),
+            num_blocks=max(map(len, ranks), default=1),
+            parameters=sum(layer.parameters for layer in layers),
+            bytes=sum(layer.bytes for layer in layers),
+            order=content.order,
+            order_error=max((layer.order_error or 0.0 for layer in layers), default=0.0),
+        )
 
     @abstractmethod
     def layers(self, base: BaseCheckpoint | None = None) -> list[LayerSummary]:
         """What is known about each layer; of a file that needs a base and has none, what its tensors tell."""
 
     @abstractmethod
-    def check(self, base: BaseCheckpoint, dtype: torch.dtype = torch.float32) -> Fit:
+    def check(self, base: BaseCheckpoint, dtype: str | None = None) -> Fit:
         """Bind every tensor, as a server would.
 
         Args:
             base: base model it shall be served on.
-            dtype: that the model is served in; no factor may be too large for it.
+            dtype: that the model is served in, e.g. "float16"; as its configuration says by default.
         """
 
     @abstractmethod
@@ -320,13 +328,13 @@ class AdapterFile(ABC, Generic[Content]):
     def deltas(self, base: BaseCheckpoint) -> dict[str, Delta]:
         """Module → its dense update, as a function of the weight."""
 
-    @abstractmethod
     def base_mark(self, base: BaseCheckpoint) -> str:
         """Tells apart equal contents that were made for different bases; empty where nothing says so."""
+        return ""
 
     @abstractmethod
     def write_private(self, folder: Path, base: BaseCheckpoint) -> None:
-        """Write what was read into a folder, so that it is served without a base and whatever the vLLM release.
+        """Write what was read into a folder (made if absent), to be served without a base and by any vLLM release.
 
         Raises:
             OSError, SafetensorError: it cannot be written.

@@ -83,14 +83,11 @@ def adapter_recipe(recipe: Recipe, base_dir: Path) -> dict[str, object]:
 def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
     from peft import get_peft_model
 
-    from ..peft import SMoAConfig
-
     torch.manual_seed(zlib.crc32(recipe.name.encode()))
     base = load_base(base_dir)
     base.name_or_path = BASE_NAME  # not a folder of this machine
-    config = _config(recipe)
-    model = get_peft_model(base, config)
-    if isinstance(config, SMoAConfig):
+    model = get_peft_model(base, _config(recipe))
+    if hasattr(model.base_model, "record_base"):
         model.base_model.record_base(BaseCheckpoint.open(base_dir))  # which stores bfloat16
     batch = encode(base_dir / "tokenizer.json", adapter_conversations(recipe.style))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

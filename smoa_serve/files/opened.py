@@ -20,6 +20,7 @@ class OpenedFile:
     Attributes:
         path: likewise; never opened again.
         nbytes: its size.
+        is_large: it is better mapped than read whole.
 
     Raises:
         OSError: it cannot be opened.
@@ -31,11 +32,7 @@ class OpenedFile:
         weakref.finalize(self, self._handle.close)
         found = os.fstat(self._handle.fileno())
         self._mark, self.nbytes = _mark(found), found.st_size
-
-    @property
-    def is_large(self) -> bool:
-        """True for a file that is better mapped than read whole."""
-        return self.nbytes >= READ_WHOLE_BYTES
+        self.is_large = self.nbytes >= READ_WHOLE_BYTES
 
     @property
     def path_by_number(self) -> str:

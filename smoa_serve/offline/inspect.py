@@ -1,12 +1,10 @@
-"""What `smoa-serve inspect` and `verify` tell about an adapter, with or without its base."""
+"""What `smoa-serve inspect` tells about an adapter, with or without its base."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..adapters import AdapterKind, AdapterSummary, Fit, LayerSummary, LoadOptions, open_adapter
+from ..adapters import AdapterKind, AdapterSummary, LayerSummary, LoadOptions, open_adapter
 from ..base.checkpoint import BaseCheckpoint
 from ..base.orders import Progress
 from ..errors import AdapterError
@@ -78,7 +76,7 @@ def inspect_adapter(
     match, problems, fitting = None, [], None
     if base is not None:
         try:
-            match, fitting = "exact" if file.check(base).exact else "shapes", base
+            match, fitting = "exact" if file.check(base, "float32").exact else "shapes", base
         except AdapterError as error:
             match, problems = "no", error.reasons
     return AdapterReport(
@@ -92,26 +90,3 @@ def inspect_adapter(
         problems=problems,
         modules=file.layers(fitting),
     )
-
-
-def verify_adapter(
-    path: str | Path,
-    base: BaseCheckpoint,
-    options: LoadOptions = DEFAULT,
-    *,
-    dtype: str | None = None,
-    progress: Progress | None = None,
-) -> Fit:
-    """Bind every tensor of an adapter against its base, as a server would.
-
-    Args:
-        path: adapter as the user names it.
-        base: base model it shall be served on.
-        options: see LoadOptions.
-        dtype: that the model is served in, e.g. "float16"; as its configuration says by default.
-        progress: called while spectral orders are computed.
-
-    Raises:
-        AdapterError: with every reason why it cannot be served.
-    """
-    return open_adapter(path, options, progress=progress).check(base, getattr(torch, dtype or base.dtype))

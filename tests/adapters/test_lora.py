@@ -14,7 +14,6 @@ from smoa_serve.adapters import LoadOptions, open_adapter
 from smoa_serve.adapters.lora import LoraAdapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError
-from smoa_serve.offline.inspect import verify_adapter
 from smoa_serve.store import AdapterStore
 
 PREFIX = "base_model.model."
@@ -234,7 +233,7 @@ def test_other_configurations_are_refused_with_the_reason(base: BaseCheckpoint, 
     assert any(reason in found for found in caught.value.reasons), caught.value.reasons
     # `smoa-serve verify` says the same.
     with pytest.raises(AdapterError) as verified:
-        verify_adapter(folder, base)
+        open_adapter(folder).check(base)
     assert verified.value.reasons == caught.value.reasons
 
 

@@ -33,7 +33,7 @@ from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderS
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import SmoaError
 from smoa_serve.offline.checkpoint import load_deltas
-from smoa_serve.offline.inspect import inspect_adapter, verify_adapter
+from smoa_serve.offline.inspect import inspect_adapter
 from smoa_serve.store import AdapterStore
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -100,7 +100,7 @@ class Readers:
             "load alone": lambda path: load_adapter(path, None, OPTIONS),
             "inspect": lambda path: json.dumps(inspect_adapter(path, self.base, OPTIONS).as_json()).encode("utf-8"),
             "inspect alone": lambda path: inspect_adapter(path, None, OPTIONS),
-            "verify": lambda path: verify_adapter(path, self.base, OPTIONS),
+            "verify": lambda path: open_adapter(path, OPTIONS).check(self.base),
             "slot rank": lambda path: open_adapter(path, OPTIONS).slot_rank(),
             "merge": lambda path: load_deltas(path, self.base, OPTIONS),
             "stage": lambda path: self.store.stage(self.store.open(path, OPTIONS), self.base),

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoa_serve.adapters import LoadOptions, load_adapter, write_hira, write_portable
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter, write_hira, write_portable
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError, BaseModelError
 from smoa_serve.offline.convert import TargetFormat, convert
-from smoa_serve.offline.inspect import inspect_adapter, verify_adapter
+from smoa_serve.offline.inspect import inspect_adapter
 
 MakeBase = Callable[..., Path]
 
@@ -70,7 +70,7 @@ def test_on_a_quantized_base_a_portable_adapter_is_matched_by_its_shapes(
     stored = {f"{name}.weight": llama.weight(name).to(torch.int8) for name in llama.linear_modules}
     quantized = BaseCheckpoint.open(make_base(stored))
     assert inspect_adapter(folder, quantized).base_match == "shapes"
-    assert not verify_adapter(folder, quantized).exact
+    assert not open_adapter(folder).check(quantized).exact
     assert inspect_adapter(published, quantized).base_match == "no"
     hira = write_hira(load_adapter(published, llama), tmp_path / "hira")
     assert inspect_adapter(hira, quantized).base_match == "shapes"
@@ -103,13 +103,13 @@ def test_hira_and_lora_are_told_by_their_own_formats(published: Path, llama: Bas
     report = inspect_adapter(lora, llama)
     assert (report.format, report.base_match) == ("lora", "shapes")
     assert (report.as_json()["rank"], report.as_json()["parameters"]) == (2, 512)
-    assert verify_adapter(lora, llama).layers == 1
+    assert open_adapter(lora).check(llama).layers == 1
     save_file(tensors | {f"{name}B.weight": torch.zeros(64, 2)}, lora / "adapter_model.safetensors")
     assert inspect_adapter(lora, llama).base_match == "no"
 
 
 def test_verify_counts_the_layers_it_bound_or_gives_every_reason(published: Path, llama: BaseCheckpoint) -> None:
-    found = verify_adapter(published, llama)
+    found = open_adapter(published).check(llama)
     assert (found.layers, found.exact, found.order_error) == (14, False, 0.0)
     with pytest.raises(AdapterError, match="the limit is 0"):
-        verify_adapter(published, llama, LoadOptions(max_rank=0))
+        open_adapter(published, LoadOptions(max_rank=0)).check(llama)
