@@ -66,12 +66,7 @@ class AdapterStore:
         self._remove_leftovers()
 
     def open(self, path: str | Path, options: LoadOptions = DEFAULT) -> AdapterFile[Any]:
-        """`open_adapter`, for which a damaged entry of this store is no adapter.
-
-        Raises:
-            AdapterNotFoundError: nothing is there.
-            AdapterError: it cannot be opened.
-        """
+        """`open_adapter`, which also raises AdapterError for an entry of this store that is damaged."""
         if self._is_inside(path) and self.entry(path) is None:
             raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
         return open_adapter(path, options)

@@ -107,11 +107,7 @@ class Source:
         return read_tensors(self.name, self.weights, allow_pickle=self.options.allow_pickle)
 
     def sha256(self) -> str:
-        """Hex digest of the weight file.
-
-        Raises:
-            AdapterError: it cannot be read, or was written meanwhile.
-        """
+        """Hex digest of the weight file; raises as `tensors` does."""
         with _readable(self.name), self.weights.reading() as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -313,12 +309,7 @@ class AdapterFile(ABC, Generic[Content]):
 
     @abstractmethod
     def check(self, base: BaseCheckpoint, dtype: str | None = None) -> Fit:
-        """Bind every tensor, as a server would.
-
-        Args:
-            base: base model it shall be served on.
-            dtype: that the model is served in, e.g. "float16"; as its configuration says by default.
-        """
+        """Bind every tensor, as a server would that serves in `dtype` ("float16"); by default in the base's own."""
 
     @abstractmethod
     def adapter(self, base: BaseCheckpoint | None = None) -> Adapter:
