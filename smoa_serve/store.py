@@ -13,20 +13,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from safetensors.torch import save_file
+from pydantic import Field
 
-from .adapters import LoadOptions, load_adapter, write_portable
-from .adapters.config import kind_of
-from .adapters.lora import LoraFiles, load_lora
-from .adapters.model import Adapter, AdapterKind, OrderStatus
-from .adapters.source import CONFIG_NAME, WEIGHTS_NAME, Source, open_source
+from .adapters import AdapterFile, AdapterKind, AdapterSummary, LoadOptions, open_adapter
+from .adapters.source import CONFIG_NAME, WEIGHTS_NAME
 from .base.checkpoint import BaseCheckpoint
-from .base.orders import Progress
 from .errors import AdapterError
 from .files.disk import writing
 from .files.json_file import read_json
@@ -42,35 +38,11 @@ _ENTRY_BEGINS = tuple(f"{kind.value}-" for kind in AdapterKind)
 _STALE_S = 24 * 3600
 
 
-@dataclass(frozen=True)
-class StagedAdapter:
-    """An accepted adapter and its private copy.
+class StagedAdapter(AdapterSummary):
+    """An accepted adapter and its private copy."""
 
-    Attributes:
-        kind: who computes it.
-        digest: sha256 (hex) of everything that changes the maths.
-        path: folder of the private copy.
-        rank: total rank r.
-        max_rank: R, the widest branch: what a slot must hold.
-        num_blocks: K; 1 for HiRA and LoRA.
-        parameters: trainable numbers.
-        nbytes: bytes of the factors and block ids in host memory.
-        order: where the block ids come from; None for LoRA.
-        order_error: worst expected relative error of a layer's update that comes from the order.
-        source: absolute path it was read from; of an entry, the first.
-    """
-
-    kind: AdapterKind
-    digest: str
-    path: Path
-    rank: int
-    max_rank: int
-    num_blocks: int
-    parameters: int
-    nbytes: int
-    order: OrderStatus | None
-    order_error: float
-    source: str
+    path: Path = Field(description="folder of the private copy")
+    source: str = Field(description="absolute path it was read from; of an entry, the first")
 
 
 class AdapterStore:
@@ -93,38 +65,41 @@ class AdapterStore:
         self.root = (root or default).expanduser().resolve()
         self._remove_leftovers()
 
-    def stage(
-        self,
-        path: str | Path,
-        base: BaseCheckpoint,
-        options: LoadOptions = DEFAULT,
-        *,
-        progress: Progress | None = None,
-    ) -> StagedAdapter:
-        """Read, check and copy an adapter. The same content gives the same entry; an entry gives itself.
+    def open(self, path: str | Path, options: LoadOptions = DEFAULT) -> AdapterFile[Any]:
+        """`open_adapter`, which also raises AdapterError for an entry of this store that is damaged."""
+        if self._is_inside(path) and self.entry(path) is None:
+            raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
+        return open_adapter(path, options)
+
+    def stage(self, file: AdapterFile[Any], base: BaseCheckpoint) -> StagedAdapter:
+        """Check an adapter and copy what was read. The same content gives the same entry; an entry gives itself.
 
         Args:
-            path: adapter as the user names it, or an entry of this store.
+            file: an adapter, or an entry of this store.
             base: base model it shall be served on.
-            options: see LoadOptions.
-            progress: called while spectral orders are computed.
 
         Raises:
-            AdapterNotFoundError: nothing is there.
             AdapterError: with every reason why it cannot be served.
             StorageError: its private copy cannot be written.
         """
-        known = self.entry(path)
-        if known is None and self._is_inside(path):
-            raise AdapterError(path, "this private copy is damaged or was never complete; load it from where it came")
-        source = open_source(path, options)
-        if kind_of(source.name, source.config) is AdapterKind.LORA:
-            files = load_lora(source, base, options)
-            staged = self._entry(_lora_summary(files, source), "", lambda folder: _write_lora(files, folder))
-        else:
-            adapter = load_adapter(path, base, options, progress=progress)
-            staged = self._entry(_summary(adapter, source), _base_mark(adapter), lambda f: write_portable(adapter, f))
-        return staged if known is None else replace(staged, source=known.source)
+        known = self.entry(file.source.folder)
+        summary, mark = file.summary(base), file.base_mark(base)
+        folder = self.root / "-".join(filter(None, (summary.kind.value, summary.digest, mark)))
+        source = str(file.source.folder.resolve()) if known is None else known.source
+        staged = StagedAdapter(**dict(summary), path=folder, source=source)
+        if self._read_manifest(folder) is not None:
+            return staged
+        what = f"the private copy of adapter {source!r} in {self.root}"
+        with writing(what, f"set {STORE_DIR_ENV} to another folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._lock(folder.name)):
+                found = self._read_manifest(folder)
+                if found is None:
+                    self._write(staged, lambda temporary: file.write_private(temporary, base))
+                    found = self._read_manifest(folder)
+        if found is None:
+            raise AdapterError(source, f"its private copy {folder} cannot be read right after it was written")
+        return staged
 
     def entry(self, path: str | Path) -> StagedAdapter | None:
         """What is known about a private copy; None when `path` is no intact entry of this store."""
@@ -136,26 +111,13 @@ class AdapterStore:
         except (OSError, RuntimeError, ValueError):  # no path at all, which the reader says better
             return False
 
-    def _entry(self, staged: StagedAdapter, mark: str, write: Callable[[Path], object]) -> StagedAdapter:
-        """What was read, and where its content is: written when it is nowhere, rebuilt when it is damaged."""
-        folder = self.root / f"{staged.kind.value}-{staged.digest}{mark}"
-        found = self._read_manifest(folder)
-        if found is None:
-            what = f"the private copy of adapter {staged.source!r} in {self.root}"
-            with writing(what, f"set {STORE_DIR_ENV} to another folder"):
-                self.root.mkdir(parents=True, exist_ok=True)
-                with FileLock(self._lock(folder.name)):
-                    found = self._read_manifest(folder) or self._write(folder, staged, write)
-        if found is None:
-            raise AdapterError(staged.source, f"its private copy {folder} cannot be read right after it was written")
-        return replace(staged, path=found.path)
-
     def _lock(self, entry: str) -> Path:
         """The lock that whoever writes an entry holds."""
         return self.root / f".{entry}.lock"
 
-    def _write(self, folder: Path, staged: StagedAdapter, write: Callable[[Path], object]) -> StagedAdapter | None:
+    def _write(self, staged: StagedAdapter, write: Callable[[Path], object]) -> None:
         """Write an entry whose lock is held: it is there as a whole, or as it was before."""
+        folder = staged.path
         if folder.exists():
             logger.warning("The private copy %s is damaged and is written again", folder)
         temporary, damaged = (folder.with_name(f"{mark}{folder.name}") for mark in LEFTOVERS)
@@ -165,8 +127,8 @@ class AdapterStore:
         temporary.mkdir(mode=0o700)
         try:
             write(temporary)
-            facts = asdict(staged)
-            del facts["path"]
+            facts = staged.model_dump(mode="json", exclude={"path"})
+            facts["nbytes"] = facts.pop("bytes")
             files = {name: _file_digest(temporary / name) for name in self.FILES}
             manifest = {"version": MANIFEST_VERSION, "files": files, "adapter": facts}
             (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -176,7 +138,6 @@ class AdapterStore:
         finally:
             for leftover in (temporary, damaged):
                 shutil.rmtree(leftover, ignore_errors=True)
-        return self._read_manifest(folder)
 
     def _remove_leftovers(self) -> None:
         """Remove what was left half-written, unless somebody still writes it. A folder that cannot be changed stays."""
@@ -205,54 +166,10 @@ class AdapterStore:
             if any(_file_digest(folder / name) != digest for name, digest in manifest["files"].items()):
                 return None
             facts = manifest["adapter"]
-            kind, order = AdapterKind(facts.pop("kind")), facts.pop("order")
-            return StagedAdapter(kind=kind, order=OrderStatus(order) if order else None, path=folder, **facts)
+            return StagedAdapter(bytes=facts.pop("nbytes"), path=folder, **facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.debug("No usable entry at %s: %s", folder, error)
             return None
-
-
-def _summary(adapter: Adapter, source: Source) -> StagedAdapter:
-    return StagedAdapter(
-        kind=adapter.kind,
-        digest=adapter.digest,
-        path=source.folder,
-        rank=adapter.total_rank,
-        max_rank=adapter.max_rank,
-        num_blocks=adapter.most_blocks,
-        parameters=adapter.num_parameters,
-        nbytes=adapter.nbytes,
-        order=adapter.order,
-        order_error=adapter.order_error,
-        source=str(source.folder.resolve()),
-    )
-
-
-def _lora_summary(files: LoraFiles, source: Source) -> StagedAdapter:
-    return StagedAdapter(
-        kind=AdapterKind.LORA,
-        digest=files.digest,
-        path=source.folder,
-        rank=files.rank,
-        max_rank=files.rank,
-        num_blocks=1,
-        parameters=sum(t.numel() for t in files.tensors.values()),
-        nbytes=sum(t.nbytes for t in files.tensors.values()),
-        order=None,
-        order_error=0.0,
-        source=str(source.folder.resolve()),
-    )
-
-
-def _base_mark(adapter: Adapter) -> str:
-    """Tells apart equal factors that were made for different bases; empty without fingerprints."""
-    marks = [f"{name}:{m.base.sha256}:{m.base.dtype}" for name, m in sorted(adapter.modules.items()) if m.base]
-    return f"-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:16]}" if marks else ""
-
-
-def _write_lora(files: LoraFiles, folder: Path) -> None:
-    save_file({name: t.contiguous() for name, t in files.tensors.items()}, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(dict(files.config), indent=2) + "\n", encoding="utf-8")
 
 
 def _file_digest(file: Path) -> str:

@@ -109,3 +109,42 @@ def test_an_import_against_the_stream_is_seen() -> None:
         "adapters imports smoa_kernels, but only the engine computes deltas"
     ]
     assert violations(file, "from .model import Adapter\nfrom ..base.spectral import even_ranks") == []
+
+
+def kind_forks(source: str) -> list[str]:
+    """Comparisons and tables that ask which kind an adapter is of; what differs is a method of its file's class."""
+
+    def names_kind(node: ast.expr) -> bool:
+        text = ast.unparse(node)
+        return "AdapterKind." in text or text == "kind" or text.endswith(".kind")
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            asked = [node.subject]
+        elif isinstance(node, ast.Dict):
+            asked = [key for key in node.keys if key is not None]
+        if any(map(names_kind, asked)):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_adapter_files_ask_for_the_kind(file: Path) -> None:
+    if file.relative_to(ROOT / "smoa_serve").parts[0] != "adapters":
+        assert kind_forks(file.read_text()) == []
+
+
+def test_a_fork_on_the_kind_is_seen() -> None:
+    for source in (
+        "if file.kind is AdapterKind.LORA: pass",
+        "x = 1 if kind == 'lora' else 2",
+        "match staged.kind:\n    case 'lora': pass",
+        "x = {AdapterKind.HIRA: 1}[kind]",
+        "x = AdapterKind.SMOA in kinds",
+    ):
+        assert len(kind_forks(source)) == 1, source
+    assert kind_forks("x = Recipe(AdapterKind.LORA) if kind.modulates else None") == []

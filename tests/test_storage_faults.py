@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from smoa_serve import store
-from smoa_serve.adapters import LoadOptions, hira, load_adapter, portable
+from smoa_serve.adapters import LoadOptions, hira, load_adapter, lora, open_adapter, portable
 from smoa_serve.base import orders as order_cache
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.base.orders import OrderCache
@@ -104,7 +103,7 @@ def safetensors_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return write
 
-    for module in (portable, hira, store, order_cache, merge_module):
+    for module in (portable, hira, lora, order_cache, merge_module):
         monkeypatch.setattr(module, "save_file", counted(module.save_file))
 
 
@@ -155,25 +154,25 @@ def test_staging_fails_whole_at_every_operation(
 ) -> None:
     base = BaseCheckpoint.open(make_base({f"{Q}.weight": torch.randn(6, 4)}))
     path, another = write_hira(tmp_path / "one"), write_hira(tmp_path / "two")
-    other = AdapterStore(tmp_path / "store").stage(another, base)
+    other = AdapterStore(tmp_path / "store").stage(open_adapter(another), base)
 
     def prepare() -> None:
         shutil.rmtree(tmp_path / "store")
-        AdapterStore(tmp_path / "store").stage(another, base)
+        AdapterStore(tmp_path / "store").stage(open_adapter(another), base)
         if before != "nothing":
-            copy = AdapterStore(tmp_path / "store").stage(path, base).path
+            copy = AdapterStore(tmp_path / "store").stage(open_adapter(path), base).path
             (copy / "adapter_config.json").write_text("{")
 
     prepare()
     with failing(tmp_path / "store") as disk:
-        whole = AdapterStore(tmp_path / "store").stage(path, base)
+        whole = AdapterStore(tmp_path / "store").stage(open_adapter(path), base)
     expected, points = tree(whole.path), disk.count
     assert points > 10, disk.seen
     refused = 0
     for point in range(1, points + 1):
         prepare()
         with failing(tmp_path / "store", point, number, stays=stays) as disk:
-            error = refusal(lambda: AdapterStore(tmp_path / "store").stage(path, base))
+            error = refusal(lambda: AdapterStore(tmp_path / "store").stage(open_adapter(path), base))
         if isinstance(error, StorageError):
             assert os.strerror(number) in str(error)
             assert "set SMOA_STORE_DIR to another folder" in str(error)
@@ -184,7 +183,7 @@ def test_staging_fails_whole_at_every_operation(
         listed = mine.entry(whole.path)
         assert listed is None or tree(listed.path) == expected, disk.seen
         assert mine.entry(other.path) is not None
-        assert mine.stage(path, base) == whole
+        assert mine.stage(mine.open(path), base) == whole
         assert tree(whole.path) == expected
         assert not [entry for entry in mine.root.iterdir() if entry.name.startswith((".new-", ".old-"))]
     assert refused > points / 3
@@ -195,7 +194,7 @@ def test_a_copy_that_is_there_is_used_from_a_read_only_store(
     base: BaseCheckpoint, adapters: Path, tmp_path: Path
 ) -> None:
     path = adapters / "qv_r8_k2_safetensors"
-    staged = AdapterStore(tmp_path / "store").stage(path, base)
+    staged = AdapterStore(tmp_path / "store").stage(open_adapter(path), base)
 
     def only_reading(event: str, target: object) -> None:
         if event == "open" or event.endswith(("listdir", "scandir")):
@@ -205,7 +204,7 @@ def test_a_copy_that_is_there_is_used_from_a_read_only_store(
     with failing(tmp_path / "store", 1, errno.EROFS, stays=True):
         DISK.step = only_reading  # type: ignore[method-assign]
         try:
-            assert AdapterStore(tmp_path / "store").stage(path, base) == staged
+            assert AdapterStore(tmp_path / "store").stage(open_adapter(path), base) == staged
         finally:
             del DISK.step
     assert not list((tmp_path / "store").glob(".new-*"))
@@ -215,7 +214,7 @@ def test_what_a_process_that_is_gone_left_is_removed_at_the_next_start(
     base: BaseCheckpoint, adapters: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "store"
-    staged = AdapterStore(root).stage(adapters / "qv_r8_k2_safetensors", base)
+    staged = AdapterStore(root).stage(open_adapter(adapters / "qv_r8_k2_safetensors"), base)
     gone, busy = root / f".new-smoa-{'0' * 64}", root / f".new-hira-{'1' * 64}"
     old, recent, ancient = root / f".old-{staged.path.name}", root / ".new-abcd1234", root / ".old-abcd1234"
     for folder in (gone, busy, old, recent, ancient):

@@ -1,8 +1,24 @@
-"""Adapter files: readers and writers, and the one function that chooses among them."""
+"""Adapter files: one description of each, whatever its format, and what writes them."""
 
-from .file import detect_kind, load_adapter
+from .file import load_adapter, open_adapter
 from .hira import write_hira
-from .options import LoadOptions
+from .model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from .portable import write_portable
+from .source import AdapterFile, LoadOptions
+from .summary import AdapterSummary, Fit, LayerSummary
 
-__all__ = ["LoadOptions", "detect_kind", "load_adapter", "write_hira", "write_portable"]
+__all__ = [
+    "Adapter",
+    "AdapterFile",
+    "AdapterKind",
+    "AdapterSummary",
+    "Fit",
+    "LayerSummary",
+    "LoadOptions",
+    "ModuleUpdate",
+    "OrderStatus",
+    "load_adapter",
+    "open_adapter",
+    "write_hira",
+    "write_portable",
+]

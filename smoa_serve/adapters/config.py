@@ -4,11 +4,10 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..base.fingerprint import WeightFingerprint
 from ..errors import AdapterError
 from .model import AdapterKind, OrderStatus
 
-PORTABLE_FORMAT = "smoa-serve-portable"
-PORTABLE_VERSION = 1
 # Keys that cannot change what a finished adapter computes. Every other unknown key is refused unless it is null.
 HARMLESS = frozenset(
     {
@@ -106,16 +105,6 @@ class HiraConfig(AdapterConfig):
         return data
 
 
-class FingerprintEntry(BaseModel):
-    """A base weight's identity in a portable configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shape: tuple[Count, Count]
-    dtype: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class ModuleEntry(BaseModel):
     """One module in a portable configuration."""
 
@@ -124,7 +113,7 @@ class ModuleEntry(BaseModel):
     branch_ranks: Annotated[list[Rank], Field(max_length=2**15 - 1)]
     scaling: Number
     order_error: Annotated[Number, Field(ge=0)] = 0.0
-    base: FingerprintEntry | None = None
+    base: WeightFingerprint | None = None
 
 
 class PortableConfig(BaseModel):
@@ -176,21 +165,6 @@ def _reason(detail: dict[str, object]) -> str:
         return f"adapter_config.json: the key {where!r} is missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
     return f"adapter_config.json: {where}: {message}" if where else f"adapter_config.json: {message}"
-
-
-def kind_of(source: object, config: dict[str, object]) -> AdapterKind:
-    """The kind of adapter; `peft_type` decides, and the portable marker below it.
-
-    Raises:
-        AdapterError: `peft_type` is missing or none that is served.
-    """
-    peft_type = config.get("peft_type")
-    kinds = {kind.value.upper(): kind for kind in AdapterKind}
-    if not isinstance(peft_type, str) or peft_type not in kinds:
-        raise AdapterError(source, f"peft_type is {peft_type!r}; served are {', '.join(sorted(kinds))}")
-    if is_portable(config):
-        return parse_config(PortableConfig, source, config).kind
-    return kinds[peft_type]
 
 
 def is_portable(config: dict[str, object]) -> bool:

@@ -1,84 +1,52 @@
-"""Which reader takes an adapter: the only place that chooses."""
+"""Which class reads an adapter: the only place that chooses."""
 
 from pathlib import Path
+from typing import Any
 
 from ..base.checkpoint import BaseCheckpoint
 from ..base.orders import Progress
 from ..errors import AdapterError
-from .config import is_portable, kind_of
-from .fits import check_binding
-from .hira import load_hira
-from .model import Adapter, AdapterKind
-from .options import LoadOptions, limit_reasons
-from .overflow import overflow_reasons
-from .portable import load_portable
-from .published import load_published
-from .source import Source, open_source
+from .config import is_portable
+from .hira import HiraFile
+from .lora import LoraFile
+from .model import Adapter
+from .portable import PortableFile
+from .published import SmoaFile
+from .source import AdapterFile, LoadOptions, Source, open_source
 
 DEFAULT = LoadOptions()
+FORMATS: dict[str, type[AdapterFile[Any]]] = {"SMOA": SmoaFile, "HIRA": HiraFile, "LORA": LoraFile}
 
 
-def detect_kind(path: str | Path, options: LoadOptions = DEFAULT) -> AdapterKind:
-    """The kind of the adapter at `path`; its configuration's `peft_type` decides, nothing else.
-
-    Raises:
-        AdapterNotFoundError: nothing is there.
-        AdapterError: no configuration, no weights, or a kind that is not served.
-    """
-    source = open_source(path, options)
-    return kind_of(source.name, source.config)
-
-
-def load_adapter(
-    path: str | Path,
-    base: BaseCheckpoint | None,
-    options: LoadOptions = DEFAULT,
-    *,
-    progress: Progress | None = None,
-) -> Adapter:
-    """Read a published SMoA, PEFT HiRA or portable adapter and check it against its base.
+def open_adapter(
+    path: str | Path, options: LoadOptions = DEFAULT, *, progress: Progress | None = None
+) -> AdapterFile[Any]:
+    """Open an adapter, once; its answers come from what was opened.
 
     Args:
         path: adapter folder, Trainer checkpoint, or weight file.
-        base: the base model; a published SMoA adapter cannot be read without.
         options: see LoadOptions.
         progress: called while spectral orders are computed.
 
     Raises:
         AdapterNotFoundError: nothing is there.
-        AdapterError: with every reason; also for a LoRA adapter, which vLLM reads itself.
+        AdapterError: no configuration, no weights, or a kind that is not served.
     """
-    source = open_source(path, options)
-    adapter = _read(source, base, options, progress)
-    reasons = _option_reasons(adapter, options)
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    if base is not None:
-        check_binding(adapter, base, source=source.name)
-    return adapter
+    return file_of(open_source(path, options, progress))
 
 
-def _read(source: Source, base: BaseCheckpoint | None, options: LoadOptions, progress: Progress | None) -> Adapter:
-    kind = kind_of(source.name, source.config)
-    if kind is AdapterKind.LORA:
-        raise AdapterError(source.name, "it is a LoRA adapter: vLLM reads those itself")
-    if is_portable(source.config):
-        return load_portable(source, options)
-    if kind is AdapterKind.HIRA:
-        return load_hira(source, base, options)
-    if base is None:
-        raise AdapterError(
-            source.name, "a published SMoA adapter can only be read beside its base model: its order is not in the file"
-        )
-    return load_published(source, base, options, progress)
+def file_of(source: Source) -> AdapterFile[Any]:
+    """The class for a configuration: its `peft_type` decides, and the marker of the portable format.
+
+    Raises:
+        AdapterError: a kind that is not served.
+    """
+    peft_type = source.config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in FORMATS:
+        raise AdapterError(source.name, f"peft_type is {peft_type!r}; served are {', '.join(sorted(FORMATS))}")
+    return PortableFile(source) if is_portable(source.config) else FORMATS[peft_type](source)
 
 
-def _option_reasons(adapter: Adapter, options: LoadOptions) -> list[str]:
-    reasons = limit_reasons(adapter.max_rank, options) + overflow_reasons(adapter.modules)
-    if options.strict_order:
-        reasons += [
-            f"{name}: the spectral order is not fully determined, expected error of the update {update.order_error:.3f}"
-            for name, update in adapter.modules.items()
-            if update.order_error > 0
-        ]
-    return reasons
+def load_adapter(path: str | Path, base: BaseCheckpoint | None, options: LoadOptions = DEFAULT) -> Adapter:
+    """A SMoA or HiRA adapter in the canonical form; raises as `open_adapter` and `AdapterFile.adapter` do."""
+    return open_adapter(path, options).adapter(base)

@@ -1,6 +1,7 @@
 """PEFT's HiRA files: `dW = (hira_B @ hira_A) * W`, one block, no scale."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,43 +14,46 @@ from .canonical import Factors
 from .config import HiraConfig, parse_config
 from .keys import HIRA_KEY, PREFIX, foreign_reasons, named_as_stored, pick_adapter, sort_tensors, tensor_reasons
 from .model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from .options import LoadOptions
-from .source import CONFIG_NAME, WEIGHTS_NAME, Source
-from .target_check import target_reasons
+from .portable import CanonicalFile
+from .source import CONFIG_NAME, WEIGHTS_NAME
+from .targets import target_reasons
 
 
-def load_hira(source: Source, base: BaseCheckpoint | None, options: LoadOptions) -> Adapter:
-    """Read a PEFT HiRA adapter.
+class HiraFile(CanonicalFile):
+    """A PEFT HiRA adapter. With a base, its targets and shapes are checked against it."""
 
-    Args:
-        source: where it lies.
-        base: when given, targets and shapes are checked against it.
-        options: see LoadOptions.
+    kind = AdapterKind.HIRA
+    format = "hira"
 
-    Raises:
-        AdapterError: with every reason found.
-    """
-    config = parse_config(HiraConfig, source.name, source.config)
-    found = sort_tensors(source.read(options), HIRA_KEY)
-    modules = named_as_stored(source, pick_adapter(source, found, options.adapter_name), base)
-    reasons = foreign_reasons(source, found.others)
-    if not modules:
-        raise AdapterError(source.name, reasons or "the file holds no HiRA factors, nothing would be bound")
-    for name, factors in modules.items():
-        reasons += _factor_reasons(name, factors, config, base)
-    if base is not None:
-        reasons += target_reasons(config, modules, base, exclude_modules=config.exclude_modules)
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    return Adapter(
-        kind=AdapterKind.HIRA,
-        modules={name: _update(factors) for name, factors in modules.items()},
-        rank=config.r,
-        num_blocks=1,
-        alpha=float(config.r),
-        order=OrderStatus.NOT_NEEDED,
-        base_model=config.base_model_name_or_path,
-    )
+    @cached_property
+    def _config(self) -> HiraConfig:
+        return parse_config(HiraConfig, self.source.name, self.source.config)
+
+    def slot_rank(self) -> int:
+        """See AdapterFile."""
+        return max([self._config.r, *(self._config.rank_pattern or {}).values()])
+
+    def _parse(self, base: BaseCheckpoint | None) -> Adapter:
+        config, source = self._config, self.source
+        found = sort_tensors(source.tensors(), HIRA_KEY)
+        modules = named_as_stored(source, pick_adapter(source, found), base)
+        reasons = foreign_reasons(source, found.others)
+        if not modules:
+            self._refuse(reasons or ["the file holds no HiRA factors, nothing would be bound"])
+        for name, factors in modules.items():
+            reasons += _factor_reasons(name, factors, config, base)
+        if base is not None:
+            reasons += target_reasons(config, modules, base, exclude_modules=config.exclude_modules)
+        self._refuse(reasons)
+        return Adapter(
+            kind=self.kind,
+            modules={name: _update(factors) for name, factors in modules.items()},
+            rank=config.r,
+            num_blocks=1,
+            alpha=float(config.r),
+            order=OrderStatus.NOT_NEEDED,
+            base_model=config.base_model_name_or_path,
+        )
 
 
 def write_hira(adapter: Adapter, out_dir: str | Path) -> Path:

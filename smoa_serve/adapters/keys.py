@@ -18,6 +18,7 @@ SMOA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<name>[^.]+)\
 HIRA_KEY = re.compile(r"(?P<module>.+)\.hira_(?P<side>[AB])(?:\.(?P<name>[^.]+))?")
 LORA_EMBEDDING_KEY = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<name>[^.]+))?")
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
+FACTOR_KEYS = {"SMoA": SMOA_KEY, "LoRA": LORA_KEY, "HiRA": HIRA_KEY}  # in this order: a number may be a name
 
 Slot = tuple[str, int]
 """(side, block): side "A" or "B"; block 0 for HiRA."""
@@ -62,13 +63,12 @@ def sort_tensors(tensors: Mapping[str, Tensor], pattern: re.Pattern[str]) -> Fac
     return found
 
 
-def pick_adapter(source: Source, found: FactorSet, name: str | None) -> dict[str, dict[Slot, Tensor]]:
+def pick_adapter(source: Source, found: FactorSet) -> dict[str, dict[Slot, Tensor]]:
     """The tensors of the adapter that is meant.
 
     Args:
-        source: for messages and for the folder's name.
+        source: for messages, for the folder's name and for `LoadOptions.adapter_name`.
         found: what the file holds.
-        name: `LoadOptions.adapter_name`.
 
     Returns:
         module → slot → tensor; empty when the file holds no factors.
@@ -80,6 +80,7 @@ def pick_adapter(source: Source, found: FactorSet, name: str | None) -> dict[str
         raise AdapterError(source.name, [f"the file holds {name} twice, under several names" for name in found.twice])
     if not found.adapters:
         return {}
+    name = source.options.adapter_name
     if name is not None and name in found.adapters:
         return found.adapters[name]
     if None in found.adapters and name in {None, "default", source.folder.name}:
@@ -113,12 +114,9 @@ def foreign_reasons(source: Source, names: Iterable[str]) -> list[str]:
     kind = source.config.get("peft_type")
     reasons = []
     for name in sorted(names):
-        if SMOA_KEY.fullmatch(name):
-            reasons.append(f"{name} is a SMoA tensor, but peft_type says {kind}")
-        elif LORA_KEY.fullmatch(name):
-            reasons.append(f"{name} is a LoRA tensor, but peft_type says {kind}")
-        elif HIRA_KEY.fullmatch(name):
-            reasons.append(f"{name} is a HiRA tensor, but peft_type says {kind}")
+        other = next((what for what, key in FACTOR_KEYS.items() if key.fullmatch(name)), None)
+        if other is not None:
+            reasons.append(f"{name} is a {other} tensor, but peft_type says {kind}")
         elif not source.is_full_state:
             reasons.append(f"{name} is no factor of a {kind} adapter")
     return reasons

@@ -5,11 +5,16 @@ private copy says `r = lora_alpha` without patterns: every release of vLLM then 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.checkpoint import OUTPUT_MODULES, BaseCheckpoint, is_embedding
@@ -30,12 +35,13 @@ from .keys import (
     tensor_reasons,
 )
 from .lora_config import EXPERT_PARAMETERS, LoraConfig, pattern_name, read_lora_config
-from .options import LoadOptions
-from .source import Source
+from .model import Adapter, AdapterKind, Delta
+from .source import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, LoadOptions, Source
+from .summary import Fit, LayerSummary
 
 
 @dataclass(frozen=True, eq=False)
-class LoraFiles:
+class LoraAdapter:
     """A verified LoRA adapter with its scales multiplied into B.
 
     Attributes:
@@ -49,6 +55,7 @@ class LoraFiles:
     embeddings: dict[str, tuple[Tensor, Tensor]]
     rank: int
     base_model: str | None
+    order: ClassVar[None] = None
 
     @property
     def config(self) -> dict[str, object]:
@@ -83,7 +90,7 @@ class LoraFiles:
             found |= {f"{PREFIX}{module}.lora_embedding_A": a, f"{PREFIX}{module}.lora_embedding_B": b}
         return found
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of what is computed: modules, factors and scales, whatever the container."""
         h = hashlib.sha256(b"lora\0scaled\0")
@@ -93,61 +100,105 @@ class LoraFiles:
         return h.hexdigest()
 
 
-def load_lora(source: Source, base: BaseCheckpoint | None, options: LoadOptions) -> LoraFiles:
-    """Read a PEFT LoRA adapter and make sure that what is served is what PEFT's loading would compute.
-
-    Args:
-        source: where it lies.
-        base: when given, every tensor is bound against it, and modules get the names that it stores them under.
-        options: `allow_pickle`, `adapter_name` and `max_rank` apply.
-
-    Raises:
-        AdapterError: with every reason found.
+class LoraFile(AdapterFile[LoraAdapter]):
+    """A PEFT LoRA adapter: what is taken from it computes what PEFT's loading would. With a base, every tensor is bound
+    against it, and modules get the names that it stores them under. Of the options, `allow_pickle`, `adapter_name` and
+    `max_rank` apply.
     """
-    config, reasons = read_lora_config(source)
-    linear, embeddings, others = _sorted_out(source, options)
-    pairs = linear | embeddings
-    reasons += _other_reasons(source, others, base)
-    if not pairs:
-        reasons.append("the file holds no LoRA factors, nothing would be bound")
-    reasons += [f"{m}.lora_{side} is missing" for m, pair in pairs.items() for side in "AB" if (side, 0) not in pair]
-    if config is None:
-        raise AdapterError(source.name, reasons)
-    try:
-        facts, idle = config.ranks_and_scalings(list(pairs))
-        reasons += idle + _target_reasons(config, list(pairs), base)
-    except re.error as error:
-        raise AdapterError(source.name, [*reasons, f"adapter_config.json: no regular expression: {error}"]) from error
-    pairs = {module: pair for module, pair in pairs.items() if len(pair) == 2}
-    for module, pair in pairs.items():
-        reasons += (_embedding_reasons if module in embeddings else _linear_reasons)(module, pair, base)
-    scaled = {module: _scaled(pair, facts[module][1]) for module, pair in pairs.items()}
-    reasons += _rank_reasons(pairs, facts, options) + _scale_reasons(pairs, scaled, facts)
-    if config.fan_in_fan_out and base is not None and not any(base.is_transposed(module) for module in linear):
-        reasons.append(
-            "adapter_config.json: fan_in_fan_out is true, but this base stores its linear layers as [H_out, H_in]"
+
+    kind = AdapterKind.LORA
+    format = "lora"
+
+    def slot_rank(self) -> int:
+        """See AdapterFile."""
+        pattern = self.source.config.get("rank_pattern")
+        ranks = [self.source.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+    def _read(self, base: BaseCheckpoint | None) -> LoraAdapter:
+        source = self.source
+        config, reasons = read_lora_config(source)
+        linear, embeddings, others = _sorted_out(source)
+        pairs = linear | embeddings
+        reasons += _other_reasons(source, others, base)
+        if not pairs:
+            reasons.append("the file holds no LoRA factors, nothing would be bound")
+        reasons += [
+            f"{m}.lora_{side} is missing" for m, pair in pairs.items() for side in "AB" if (side, 0) not in pair
+        ]
+        if config is None:
+            raise AdapterError(source.name, reasons)
+        try:
+            facts, idle = config.ranks_and_scalings(list(pairs))
+            reasons += idle + _target_reasons(config, list(pairs), base)
+        except re.error as error:
+            reasons.append(f"adapter_config.json: no regular expression: {error}")
+            raise AdapterError(source.name, reasons) from error
+        pairs = {module: pair for module, pair in pairs.items() if len(pair) == 2}
+        for module, pair in pairs.items():
+            reasons += (_embedding_reasons if module in embeddings else _linear_reasons)(module, pair, base)
+        scaled = {module: _scaled(pair, facts[module][1]) for module, pair in pairs.items()}
+        reasons += _rank_reasons(pairs, facts, source.options) + _scale_reasons(pairs, scaled, facts)
+        if config.fan_in_fan_out and base is not None and not any(base.is_transposed(module) for module in linear):
+            reasons.append(
+                "adapter_config.json: fan_in_fan_out is true, but this base stores its linear layers as [H_out, H_in]"
+            )
+        self._refuse(reasons)
+        return LoraAdapter(
+            pairs=named_as_stored(source, {module: scaled[module] for module in linear}, base),
+            embeddings=named_as_stored(source, {module: scaled[module] for module in embeddings}, base),
+            rank=max(rank for rank, _ in facts.values()),
+            base_model=config.base_model_name_or_path,
         )
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    return LoraFiles(
-        pairs=named_as_stored(source, {module: scaled[module] for module in linear}, base),
-        embeddings=named_as_stored(source, {module: scaled[module] for module in embeddings}, base),
-        rank=max(rank for rank, _ in facts.values()),
-        base_model=config.base_model_name_or_path,
-    )
+
+    def layers(self, base: BaseCheckpoint | None = None) -> list[LayerSummary]:
+        """See AdapterFile. Fused experts have the rank of one of them."""
+        lora, layers = self.read(base), []
+        for name, (a, b) in lora.factors().items():
+            rank = lora.rank if _is_fused(name) else a.shape[0]
+            size, nbytes = a.numel() + b.numel(), a.nbytes + b.nbytes
+            layers.append(LayerSummary(name, (b.shape[0], a.shape[1]), (rank,), 0.0, size, nbytes))
+        return layers
+
+    def check(self, base: BaseCheckpoint, dtype: str | None = None) -> Fit:
+        """See AdapterFile. Names and shapes are all that its file tells of a base."""
+        return Fit(len(self.read(base).factors()), exact=False, order_error=0.0)
+
+    def adapter(self, base: BaseCheckpoint | None = None) -> Adapter:
+        """See AdapterFile."""
+        raise AdapterError(self.source.name, "it is a LoRA adapter: vLLM reads those itself")
+
+    def deltas(self, base: BaseCheckpoint) -> dict[str, Delta]:
+        """See AdapterFile."""
+        lora = self.read(base)
+        if lora.embeddings:
+            names = ", ".join(lora.embeddings)
+            raise AdapterError(self.source.name, f"embeddings ({names}) cannot be merged here; use peft")
+        return {name: _product(a, b) for name, (a, b) in lora.pairs.items()}
+
+    def write_private(self, folder: Path, base: BaseCheckpoint) -> None:
+        """See AdapterFile: as PEFT writes it, the scales multiplied in."""
+        lora = self.read(base)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in lora.tensors.items()}, folder / WEIGHTS_NAME)
+        (folder / CONFIG_NAME).write_text(json.dumps(lora.config, indent=2) + "\n", encoding="utf-8")
+
+
+def _product(a: Tensor, b: Tensor) -> Delta:
+    return lambda weight: b.float() @ a.float()
 
 
 def _sorted_out(
-    source: Source, options: LoadOptions
+    source: Source,
 ) -> tuple[dict[str, dict[Slot, Tensor]], dict[str, dict[Slot, Tensor]], dict[str, Tensor]]:
     """Factors of linear layers, factors of embeddings, and what else the file holds by its names there."""
-    tensors = source.read(options)
+    tensors = source.tensors()
     # A block number looks like an adapter's name.
     blocks = {name for name in tensors if SMOA_KEY.fullmatch(bare_name(name))}
     found = sort_tensors({name: t for name, t in tensors.items() if name not in blocks}, LORA_KEY)
     rest = sort_tensors(found.others, LORA_EMBEDDING_KEY)
-    linear = pick_adapter(source, found, options.adapter_name)
-    embeddings = pick_adapter(source, rest, options.adapter_name)
+    linear = pick_adapter(source, found)
+    embeddings = pick_adapter(source, rest)
     others = rest.others | {bare_name(name): tensors[name] for name in blocks}
     return linear, embeddings, others
 

@@ -12,8 +12,7 @@ from ..errors import AdapterError
 from .config import AdapterConfig, Count, Names, Number, parse_config
 from .patterns import MatchTime
 from .source import Source
-from .target_check import ALL_LINEAR
-from .targets import layer_index, matcher, name_ends
+from .targets import ALL_LINEAR, layer_index, matcher, name_ends
 
 # The update of a plain LoRA does not depend on them: how factors began, and defaults of features that are off.
 INIT_ONLY = frozenset(

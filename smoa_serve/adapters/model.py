@@ -5,7 +5,7 @@ Shape letters: H_in, H_out sizes of a layer, R = max_k r_k (rank of the widest b
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..base.fingerprint import WeightFingerprint
 
+Delta = Callable[[Tensor], Tensor]
+"""Weight [H_out, H_in] → its update [H_out, H_in], float32."""
+
 
 class AdapterKind(StrEnum):
     """What computes the update: our kernels (SMOA, HIRA) or vLLM's own LoRA."""
@@ -22,6 +25,11 @@ class AdapterKind(StrEnum):
     SMOA = "smoa"
     HIRA = "hira"
     LORA = "lora"
+
+    @property
+    def modulates(self) -> bool:
+        """True where the update multiplies the base weight, which our kernels compute."""
+        return self is not AdapterKind.LORA
 
 
 class OrderStatus(StrEnum):
@@ -73,6 +81,17 @@ class ModuleUpdate:
     def max_rank(self) -> int:
         """R: what must fit into a slot."""
         return self.a.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers: sum over blocks of r_k (m_k + n_k)."""
+        ranks = torch.tensor(self.branch_ranks)
+        return int(ranks[self.row_block.long()].sum()) + int(ranks[self.col_block.long()].sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of factors and block ids in host memory."""
+        return sum(t.nbytes for t in (self.a, self.b, self.row_block, self.col_block))
 
     def dense(self, weight: Tensor) -> Tensor:
         """The update as a dense matrix, in float32: the definition, for tests, merging and comparisons.
@@ -128,18 +147,9 @@ class Adapter:
         return max((m.num_blocks for m in self.modules.values()), default=1)
 
     @property
-    def num_parameters(self) -> int:
-        """Trainable numbers: sum over blocks of r_k (m_k + n_k)."""
-        total = 0
-        for m in self.modules.values():
-            ranks = torch.tensor(m.branch_ranks)
-            total += int(ranks[m.row_block.long()].sum()) + int(ranks[m.col_block.long()].sum())
-        return total
-
-    @property
     def nbytes(self) -> int:
         """Bytes of factors and block ids in host memory."""
-        return sum(t.nbytes for m in self.modules.values() for t in (m.a, m.b, m.row_block, m.col_block))
+        return sum(m.nbytes for m in self.modules.values())
 
     @property
     def order_error(self) -> float:

@@ -9,6 +9,8 @@ import time
 
 import regex
 
+from ..errors import shown
+
 MATCH_LIMIT_S = 2.0
 LENGTH_LIMIT = 8192
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -88,11 +90,6 @@ class Pattern:
             raise PatternError(f"the regular expression {shown(self.expression)} takes too much memory") from None
         self._time.left_s -= time.monotonic() - started
         return found is not None
-
-
-def shown(expression: str) -> str:
-    """An expression as messages show it."""
-    return repr(expression if len(expression) <= 200 else f"{expression[:197]}...")
 
 
 def _refuse_unusable(expression: str) -> None:

@@ -3,88 +3,112 @@
 import hashlib
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..base.checkpoint import BaseCheckpoint
-from ..base.orders import OrderCache, Progress
-from ..base.spectral import SpectralOrder
+from ..base.orders import OrderCache
+from ..base.spectral import SpectralOrder, even_ranks
 from ..errors import AdapterError
 from ..files.tensors import tensor_bytes
 from .canonical import Factors, branch_ranks, canonical_update, factor_reasons
 from .config import PublishedConfig, parse_config
 from .keys import SMOA_KEY, foreign_reasons, named_as_stored, pick_adapter, sort_tensors
 from .model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from .options import LoadOptions, limit_reasons
-from .source import Source
-from .target_check import target_reasons
+from .portable import CanonicalFile
+from .source import LoadOptions, Source
+from .summary import LayerSummary
+from .targets import target_reasons
 
 logger = logging.getLogger(__name__)
 
 
-def load_published(
-    source: Source, base: BaseCheckpoint, options: LoadOptions, progress: Progress | None = None
-) -> Adapter:
-    """Read a published SMoA adapter and bring it into the layer's own coordinates.
+class SmoaFile(CanonicalFile):
+    """A published SMoA adapter. Its order is recomputed from the very checkpoint it was trained on."""
 
-    Args:
-        source: where it lies.
-        base: the very checkpoint it was trained on: the order is recomputed from its stored bytes.
-        options: see LoadOptions.
-        progress: called before each module's order is looked up or computed.
+    kind = AdapterKind.SMOA
+    format = "published"
+    needs_base = True
 
-    Raises:
-        AdapterError: with every reason found.
-    """
-    config = parse_config(PublishedConfig, source.name, source.config)
-    found = sort_tensors(source.read(options), SMOA_KEY)
-    modules = named_as_stored(source, pick_adapter(source, found, options.adapter_name), base)
-    ranks = _checked_ranks(source, config, modules, found.others, base, options)
-    total = sum(ranks)
-    scaling = config.lora_alpha / total if total else 1.0
-    orders = _orders(modules, found.others, base, options, progress)
-    _report(source, orders)
-    return Adapter(
-        kind=AdapterKind.SMOA,
-        modules={name: _update(factors, orders[name], ranks, scaling, base, name) for name, factors in modules.items()},
-        rank=total,
-        num_blocks=len(ranks),
-        alpha=config.lora_alpha,
-        order=OrderStatus.RECOMPUTED,
-        base_model=config.base_model_name_or_path,
-    )
+    @cached_property
+    def _config(self) -> PublishedConfig:
+        return parse_config(PublishedConfig, self.source.name, self.source.config)
 
-
-def _checked_ranks(
-    source: Source,
-    config: PublishedConfig,
-    modules: Mapping[str, Factors],
-    others: Mapping[str, Tensor],
-    base: BaseCheckpoint,
-    options: LoadOptions,
-) -> tuple[int, ...]:
-    """The rank of each block, once nothing speaks against the adapter. Costs no SVD."""
-    if base.is_quantized:
+    def slot_rank(self) -> int:
+        """See AdapterFile."""
+        config = self._config
+        if config.branch_ranks is not None:
+            return max(config.branch_ranks, default=0)
+        if config.r is not None:
+            return max(even_ranks(config.r, config.num_blocks or 1))
         raise AdapterError(
-            source.name,
-            "the base is quantized, and the order of a published SMoA adapter can only be derived from the weights it "
-            "was trained on; convert it to the portable format with the original base (smoa-serve convert --base)",
+            self.source.name, "its configuration has no r; say what a slot must hold with --max-lora-rank"
         )
-    reasons = foreign_reasons(source, others)
-    if not modules:
-        raise AdapterError(source.name, reasons or "the file holds no SMoA factors, nothing would be bound")
-    shapes = {name: base.shape(name) for name in modules if name in base.linear_modules}
-    reasons += target_reasons(config, modules, base)
-    ranks, open_reasons = branch_ranks(config, modules, shapes)
-    reasons += open_reasons + limit_reasons(max(ranks, default=0), options)
-    for name, shape in shapes.items():
-        if ranks:
-            reasons += factor_reasons(name, modules[name], shape, ranks)
-        reasons += _trained_weight_reasons(name, others, base)
-    if reasons:
-        raise AdapterError(source.name, reasons)
-    return ranks
+
+    def layers(self, base: BaseCheckpoint | None = None) -> list[LayerSummary]:
+        """See AdapterFile."""
+        if base is not None:
+            return super().layers(base)
+        modules = pick_adapter(self.source, sort_tensors(self.source.tensors(), SMOA_KEY))
+        return [_layer(name, factors) for name, factors in modules.items()]
+
+    def _parse(self, base: BaseCheckpoint | None) -> Adapter:
+        if base is None:
+            what = "a published SMoA adapter can only be read beside its base model"
+            raise AdapterError(self.source.name, f"{what}: its order is not in the file")
+        config, source = self._config, self.source
+        found = sort_tensors(source.tensors(), SMOA_KEY)
+        modules = named_as_stored(source, pick_adapter(source, found), base)
+        ranks = self._checked_ranks(modules, found.others, base)
+        total = sum(ranks)
+        scaling = config.lora_alpha / total if total else 1.0
+        orders = _orders(source, modules, found.others, base)
+        _report(source, orders)
+        return Adapter(
+            kind=self.kind,
+            modules={n: _update(factors, orders[n], ranks, scaling, base, n) for n, factors in modules.items()},
+            rank=total,
+            num_blocks=len(ranks),
+            alpha=config.lora_alpha,
+            order=OrderStatus.RECOMPUTED,
+            base_model=config.base_model_name_or_path,
+        )
+
+    def _checked_ranks(
+        self, modules: Mapping[str, Factors], others: Mapping[str, Tensor], base: BaseCheckpoint
+    ) -> tuple[int, ...]:
+        """The rank of each block, once nothing speaks against the adapter. Costs no SVD."""
+        source = self.source
+        if base.is_quantized:
+            raise AdapterError(
+                source.name,
+                "the base is quantized, and the order of a published SMoA adapter can only be derived from the weights "
+                "it was trained on; convert it to the portable format with the original base (smoa-serve convert "
+                "--base)",
+            )
+        reasons = foreign_reasons(source, others)
+        if not modules:
+            self._refuse(reasons or ["the file holds no SMoA factors, nothing would be bound"])
+        shapes = {name: base.shape(name) for name in modules if name in base.linear_modules}
+        reasons += target_reasons(self._config, modules, base)
+        ranks, open_reasons = branch_ranks(self._config, modules, shapes)
+        reasons += open_reasons + source.options.rank_reasons(max(ranks, default=0))
+        for name, shape in shapes.items():
+            if ranks:
+                reasons += factor_reasons(name, modules[name], shape, ranks)
+            reasons += _trained_weight_reasons(name, others, base)
+        self._refuse(reasons)
+        return ranks
+
+
+def _layer(name: str, factors: Factors) -> LayerSummary:
+    """What the factors tell without a base."""
+    ranks = {k: t.shape[0] for (side, k), t in factors.items() if side == "A" and t.dim() == 2}
+    branches = tuple(ranks.get(k, 0) for k in range(max(ranks, default=-1) + 1))
+    tensors = factors.values()
+    return LayerSummary(name, None, branches, None, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
 
 
 def _update(
@@ -115,25 +139,21 @@ def _trained_weight_reasons(name: str, others: Mapping[str, Tensor], base: BaseC
 
 
 def _orders(
-    modules: Mapping[str, Factors],
-    others: Mapping[str, Tensor],
-    base: BaseCheckpoint,
-    options: LoadOptions,
-    progress: Progress | None,
+    source: Source, modules: Mapping[str, Factors], others: Mapping[str, Tensor], base: BaseCheckpoint
 ) -> dict[str, SpectralOrder]:
     """The spectral order of every module's weight as it was when the adapter was created."""
-    cache = OrderCache(check_device=options.check_device)
+    cache = OrderCache(check_device=source.options.check_device)
     orders = {}
     for done, name in enumerate(modules):
-        if progress:
-            progress(name, done, len(modules))
-        weight = _trained_weight(name, others, base, options)
+        if source.progress:
+            source.progress(name, done, len(modules))
+        weight = _trained_weight(name, others, base, source.options)
         if weight is None:
             orders[name] = cache.get(base, name)
         else:
             orders[name] = cache.get_by_key(_key(weight), lambda weight=weight: weight)  # type: ignore[misc]
-    if progress:
-        progress("", len(modules), len(modules))
+    if source.progress:
+        source.progress("", len(modules), len(modules))
     return orders
 
 

@@ -1,10 +1,14 @@
-"""`target_modules` and its companions → module names, by the rules of the published code and of PEFT."""
+"""`target_modules` and its companions → module names, by the rules of the published code and of PEFT; and whether these
+are the modules that a file holds."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 
-from .patterns import MatchTime, Pattern
+from ..base.checkpoint import BaseCheckpoint
+from .config import AdapterConfig, Names
+from .patterns import MatchTime, Pattern, PatternError
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer; the tensors say which
 LAYER_LISTS = ("layers", "h", "block", "blocks")  # where a layer index is looked for when no pattern is given
 
 
@@ -66,11 +70,6 @@ def matcher(targets: Sequence[str] | str, time_left: MatchTime | None = None) ->
     return lambda module: any(end in wanted for end in name_ends(module))
 
 
-def matches(module: str, targets: Sequence[str] | str, time_left: MatchTime | None = None) -> bool:
-    """Whether one module is named by a list of names or by a regular expression; see `matcher`."""
-    return matcher(targets, time_left)(module)
-
-
 def name_ends(module: str) -> list[str]:
     """A module's name, and all its ends after a dot."""
     parts = module.split(".")
@@ -84,3 +83,37 @@ def layer_index(module: str, patterns: Sequence[str] = LAYER_LISTS) -> int | Non
         if here in patterns and following.isdigit():
             return int(following)
     return None
+
+
+def target_reasons(
+    config: AdapterConfig, modules: Collection[str], base: BaseCheckpoint, *, exclude_modules: Names | None = None
+) -> list[str]:
+    """Every difference between the targets of a configuration and the modules of a file.
+
+    Args:
+        config: what was configured; targets left out are not checked.
+        modules: modules that the file has factors for.
+        base: the base model, which says what is linear.
+        exclude_modules: HiRA's exceptions.
+    """
+    targets = config.target_modules
+    linear = set(base.linear_modules)
+    reasons = [base.why_not_linear(name) for name in modules if name not in linear]
+    if targets is None or targets == ALL_LINEAR:
+        return reasons
+    try:
+        wanted = select_modules(
+            base.linear_modules,
+            targets,
+            exclude_modules=exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+        )
+        idle = unmatched(base.linear_modules, targets)
+    except PatternError as error:
+        return [*reasons, f"target_modules or exclude_modules: {error}"]
+    reasons += [f"target_modules: {target!r} names no linear layer of the base" for target in idle]
+    reasons += [f"{name} is a target, but the file has no factors for it" for name in wanted if name not in modules]
+    named = set(wanted)
+    extra = (name for name in modules if name in linear and name not in named)
+    return reasons + [f"the file has factors for {name}, which target_modules does not name" for name in extra]

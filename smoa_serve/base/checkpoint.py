@@ -30,7 +30,6 @@ BACKBONE_PREFIXES = {
     "openai-gpt": "transformer",
 }
 EMBEDDING = re.compile(r"(^|[._])(embed\w*|embeddings?|emb|wte|wpe|shared|relative_attention_bias)$")
-INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 OUTPUT_MODULES = {"lm_head", "embed_out", "output"}
 # Parts of a module's name that say how the language model is wrapped, which differs between releases of transformers.
 WRAPPERS = {"model", "language_model", *BACKBONE_PREFIXES.values()}

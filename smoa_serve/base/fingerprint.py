@@ -1,6 +1,11 @@
 """Which frozen weight is meant: its shape, dtype and bytes."""
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+
+Size = Annotated[int, Field(strict=True, ge=1)]
 
 
 @dataclass(frozen=True)
@@ -13,6 +18,8 @@ class WeightFingerprint:
         sha256: hex digest of the stored bytes (row-major, as stored, before any transposition).
     """
 
-    shape: tuple[int, int]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # where it is read from a file
+
+    shape: tuple[Size, Size]
     dtype: str
-    sha256: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files.opened import OpenedFile
 from ..files.tensors import all_tensors
 from .checkpoint import BaseCheckpoint
 from .spectral import SpectralOrder, spectral_order
@@ -108,7 +109,7 @@ class OrderCache:
         if not file.is_file():
             return None
         try:
-            tensors = all_tensors(file)
+            tensors = all_tensors(OpenedFile(file))
             found = [tensors[name].long() for name in fields]
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("The cached order %s is damaged and is computed again: %s", file, error)

@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..adapters import LoadOptions
-from ..adapters.config import HiraConfig, PortableConfig, PublishedConfig, is_portable, kind_of, parse_config
-from ..adapters.model import AdapterKind
-from ..adapters.source import CONFIG_NAME, open_source
-from ..base.spectral import even_ranks
-from ..errors import AdapterError, ConfigError
+from ..adapters import LoadOptions, open_adapter
+from ..adapters.source import CONFIG_NAME
+from ..errors import ConfigError
 
 # vllm.config.lora.MaxLoRARanks, the same in every supported release.
 ALLOWED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,32 +31,6 @@ def adapters_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def slot_rank(path: str | Path, options: LoadOptions) -> int:
-    """The rank a slot needs for an adapter: the widest branch, for LoRA its r. Read from the configuration alone.
-
-    Raises:
-        AdapterError: no adapter, or its configuration leaves the rank open.
-    """
-    source = open_source(path, options)
-    kind = kind_of(source.name, source.config)
-    if kind is AdapterKind.LORA:
-        pattern = source.config.get("rank_pattern")
-        ranks = [source.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-        return max((rank for rank in ranks if isinstance(rank, int)), default=0)
-    if is_portable(source.config):
-        portable = parse_config(PortableConfig, source.name, source.config)
-        return max((rank for module in portable.modules.values() for rank in module.branch_ranks), default=0)
-    if kind is AdapterKind.HIRA:
-        hira = parse_config(HiraConfig, source.name, source.config)
-        return max([hira.r, *(hira.rank_pattern or {}).values()])
-    published = parse_config(PublishedConfig, source.name, source.config)
-    if published.branch_ranks is not None:
-        return max(published.branch_ranks, default=0)
-    if published.r is not None:
-        return max(even_ranks(published.r, published.num_blocks or 1))
-    raise AdapterError(source.name, "its configuration has no r; say what a slot must hold with --max-lora-rank")
-
-
 def allowed_rank(needed: int) -> int:
     """The least --max-lora-rank of vLLM that holds `needed`.
 
@@ -80,7 +51,7 @@ def default_limits(adapters: Mapping[str, str], roots: Sequence[Path], options: 
         roots: not empty when more may be loaded while the server runs.
         options: how adapters are read.
     """
-    needed = max((slot_rank(path, options) for path in adapters.values()), default=0)
+    needed = max((open_adapter(path, options).slot_rank() for path in adapters.values()), default=0)
     slots = min(MOST_SLOTS, max(len(adapters), SLOTS_FOR_LOADING if roots else 1))
     return {
         "max-loras": slots,

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from ..adapters import LoadOptions
+from ..adapters import LoadOptions, open_adapter
 from ..base.checkpoint import BaseCheckpoint
 from ..base.orders import Progress as ProgressCallback
 from ..errors import SmoaError
@@ -21,7 +21,7 @@ from ..offline.checkpoint import load_deltas
 from ..offline.checkpoint import merge as merge_adapter
 from ..offline.convert import TargetFormat
 from ..offline.convert import convert as convert_adapter
-from ..offline.inspect import AdapterReport, inspect_adapter, verify_adapter
+from ..offline.inspect import AdapterReport, inspect_adapter
 from ..offline.record import merged_note
 
 
@@ -124,7 +124,7 @@ def verify(
         _print_merged_note(opened)
         with _progress("spectral orders") as progress:
             served = dtype.value if dtype else None
-            found = verify_adapter(adapter, opened, options, dtype=served, progress=progress)
+            found = open_adapter(adapter, options, progress=progress).check(opened, served)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{adapter}: fits {base}, {found.layers} layers", markup=False)
     if not found.exact:

@@ -2,7 +2,9 @@
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .training import Report, Schedule, learn
 BASE_NAME = "smoa-serve-demo-base"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLAIN_RATE, MODULATED_RATE = 5e-3, 2e-2
+LABELS = {"smoa": "SMoA", "hira": "HiRA", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class Recipe:
     @property
     def label(self) -> str:
         """For people: "SMoA r=16 K=4"."""
-        display = {AdapterKind.SMOA: f"SMoA r={self.rank} K={self.num_blocks}", AdapterKind.HIRA: f"HiRA r={self.rank}"}
-        return display.get(self.kind, f"LoRA r={self.rank}")
+        blocks = f" K={self.num_blocks}" if self.num_blocks > 1 else ""
+        return f"{LABELS[self.kind]} r={self.rank}{blocks}"
 
     @property
     def schedule(self) -> Schedule:
         """A modulated weight needs larger factors than an added one: entries of W are small."""
-        rate = PLAIN_RATE if self.kind is AdapterKind.LORA else MODULATED_RATE
+        rate = MODULATED_RATE if self.kind.modulates else PLAIN_RATE
         return Schedule(max_steps=240, learning_rate=rate)
 
 
@@ -84,7 +87,7 @@ def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
     base = load_base(base_dir)
     base.name_or_path = BASE_NAME  # not a folder of this machine
     model = get_peft_model(base, _config(recipe))
-    if recipe.kind is AdapterKind.SMOA:
+    if hasattr(model.base_model, "record_base"):
         model.base_model.record_base(BaseCheckpoint.open(base_dir))  # which stores bfloat16
     batch = encode(base_dir / "tokenizer.json", adapter_conversations(recipe.style))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,13 +98,13 @@ def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
 
 def _config(recipe: Recipe) -> Any:
     """What PEFT is told, as anybody would tell it."""
-    shared: dict[str, Any] = {"r": recipe.rank, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
-    if recipe.kind is AdapterKind.SMOA:
-        from ..peft import SMoAConfig
-
-        return SMoAConfig(**shared, num_blocks=recipe.num_blocks, lora_alpha=recipe.alpha, lora_dropout=0.0)
     from peft import HiraConfig, LoraConfig
 
-    if recipe.kind is AdapterKind.HIRA:
-        return HiraConfig(**shared)
-    return LoraConfig(**shared, lora_alpha=recipe.alpha)
+    from ..peft import SMoAConfig
+
+    configs: dict[str, Callable[..., Any]] = {
+        "smoa": partial(SMoAConfig, num_blocks=recipe.num_blocks, lora_alpha=recipe.alpha, lora_dropout=0.0),
+        "hira": HiraConfig,
+        "lora": partial(LoraConfig, lora_alpha=recipe.alpha),
+    }
+    return configs[recipe.kind](r=recipe.rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")

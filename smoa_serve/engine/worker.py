@@ -18,7 +18,6 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from smoa_serve.adapters import LoadOptions, load_adapter
-from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.adapters.source import WEIGHTS_NAME
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.engine.bind import check_lora_names, rename_mapper
@@ -74,12 +73,14 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         staged = self._private_copy(lora_request)
-        if staged.kind is AdapterKind.LORA:
-            lora = self._load_lora(lora_request, staged)
-        else:
+        if staged.kind.modulates:
             # The copy was checked against the base when it was made; reading it again needs no base.
             adapter = load_adapter(staged.path, None)
+            if adapter.digest != staged.digest:
+                raise AdapterError(staged.source, "its private copy was replaced while it was read; ask for it again")
             lora = self._adapter_manager.make_model(adapter, lora_request.lora_int_id, staged.source)
+        else:
+            lora = self._load_lora(lora_request, staged)
         lora.smoa_copy = _Copy(lora_request.lora_path, staged)
         return lora
 
@@ -126,7 +127,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
         return staged
 
     def _stage(self, request: LoRARequest) -> StagedAdapter:
-        return self._store.stage(request.lora_path, self._base, self._options)
+        return self._store.stage(self._store.open(request.lora_path, self._options), self._base)
 
     @property
     def _options(self) -> LoadOptions:

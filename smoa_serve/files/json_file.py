@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 BYTES_LIMIT = 64 * 2**20
 DEPTH_LIMIT = 64
@@ -22,7 +22,12 @@ def read_json(file: Path) -> dict[str, Any]:
         JsonError: it is no JSON object, or one of those above; names what is allowed.
     """
     with file.open("rb") as handle:
-        data = handle.read(BYTES_LIMIT + 1)
+        return load_json(handle)
+
+
+def load_json(handle: BinaryIO) -> dict[str, Any]:
+    """The JSON object in an open file; raises as `read_json` does."""
+    data = handle.read(BYTES_LIMIT + 1)
     if len(data) > BYTES_LIMIT:
         raise JsonError(f"it has more than {BYTES_LIMIT} bytes")
     try:

@@ -13,9 +13,8 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from ..errors import BaseModelError
+from .opened import OpenedFile
 
-# A larger file, as a Trainer may leave, would be held twice for a moment.
-_READ_WHOLE_BYTES = 1 << 30
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -108,13 +107,15 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def all_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, by name in order.
+def all_tensors(file: OpenedFile) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by name in order. Those of a large file are mapped: they change with it.
 
     Raises:
         SafetensorError, OSError: it cannot be read.
     """
-    if file.stat().st_size >= _READ_WHOLE_BYTES:
-        return load_file(file)
+    if file.is_large:
+        return load_file(file.path_by_number)
     # `load_file` keeps two numbers of each tensor for ever (safetensors 0.8), and servers go on reading adapters.
-    return dict(sorted(load(file.read_bytes()).items()))
+    with file.reading() as handle:
+        data = handle.read()
+    return dict(sorted(load(data).items()))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.model import Delta
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import BaseModelError
-from .checkpoint import Delta
 
 PROMPT_TOKENS = (8, 16, 32)
 # Share of the largest logit that rounding the merged weights to a dtype may move one.

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapters import LoadOptions, load_adapter
-from ..adapters.config import kind_of
-from ..adapters.lora import LoraFiles, load_lora
-from ..adapters.model import AdapterKind
+from ..adapters import LoadOptions, open_adapter
+from ..adapters.model import Delta
 from ..adapters.rounding import Lost, too_much_lost
-from ..adapters.source import Source, open_source
 from ..base.checkpoint import BaseCheckpoint
 from ..base.orders import Progress
 from ..errors import AdapterError, BaseModelError, MergeLossError
@@ -28,10 +25,6 @@ from .record import MergedAdapter, repeat_reasons, write_record
 DEFAULT = LoadOptions()
 SHARD_BYTES = 512 * 2**20  # what is held in memory at once, unless a single tensor is larger
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
-# LoRA settings that give another formula than W + alpha / r * B A.
-
-Delta = Callable[[Tensor], Tensor]
-"""Weight [H_out, H_in] → its update [H_out, H_in], float32."""
 
 
 class Deltas(dict[str, Delta]):
@@ -73,14 +66,8 @@ def load_deltas(
     Raises:
         AdapterError: it cannot be read, does not fit, or is a LoRA variant with another formula.
     """
-    source = open_source(path, options)
-    if kind_of(source.name, source.config) is AdapterKind.LORA:
-        files = load_lora(source, base, options)
-        record = MergedAdapter.of(source, AdapterKind.LORA, files.digest)
-        return Deltas(_lora_deltas(source, files), record)
-    adapter = load_adapter(path, base, options, progress=progress)
-    record = MergedAdapter.of(source, adapter.kind, adapter.digest)
-    return Deltas({name: update.dense for name, update in adapter.modules.items()}, record)
+    file = open_adapter(path, options, progress=progress)
+    return Deltas(file.deltas(base), MergedAdapter.of(file.source, file.summary(base)))
 
 
 def merge(
@@ -130,17 +117,6 @@ def merge(
         if record is not None:
             write_record(base, record, folder)
     return Merged(Path(out), lost)
-
-
-def _lora_deltas(source: Source, files: LoraFiles) -> dict[str, Delta]:
-    if files.embeddings:
-        names = ", ".join(files.embeddings)
-        raise AdapterError(source.name, f"embeddings ({names}) cannot be merged here; use peft")
-
-    def delta_of(a: Tensor, b: Tensor) -> Delta:
-        return lambda weight: b.float() @ a.float()
-
-    return {name: delta_of(a, b) for name, (a, b) in files.pairs.items()}
 
 
 def _write_tensors(

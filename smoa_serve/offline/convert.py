@@ -4,8 +4,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from ..adapters import LoadOptions, load_adapter, write_hira, write_portable
-from ..adapters.model import Adapter
+from ..adapters import Adapter, LoadOptions, open_adapter, write_hira, write_portable
 from ..base.checkpoint import BaseCheckpoint
 from ..base.orders import Progress
 from ..files.folder import new_folder
@@ -47,7 +46,7 @@ def convert(
         ConfigError: `out` is in use.
     """
     with new_folder(out) as folder:
-        adapter = load_adapter(path, base, options, progress=progress)
+        adapter = open_adapter(path, options, progress=progress).adapter(base)
         if base is not None:
             modules = {
                 name: update if update.base else replace(update, base=base.fingerprint(name))

@@ -1,12 +1,11 @@
 """What a merged checkpoint says of itself: which adapters its weights hold, so that none is merged twice unnoticed."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..adapters.model import AdapterKind
+from ..adapters import AdapterKind, AdapterSummary
 from ..adapters.source import Source
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import BaseModelError
@@ -35,16 +34,14 @@ class MergedAdapter(BaseModel):
     base_model: str | None = None
 
     @classmethod
-    def of(cls, source: Source, kind: AdapterKind, digest: str) -> "MergedAdapter":
+    def of(cls, source: Source, summary: AdapterSummary) -> "MergedAdapter":
         """Of an adapter that was read."""
-        with source.weights.open("rb") as handle:
-            file_sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
         base_model = source.config.get("base_model_name_or_path")
         return cls(
             name=Path(source.name).resolve().name,
-            kind=kind,
-            digest=digest,
-            file_sha256=file_sha256,
+            kind=summary.kind,
+            digest=summary.digest,
+            file_sha256=source.sha256(),
             base_model=base_model if isinstance(base_model, str) else None,
         )
 

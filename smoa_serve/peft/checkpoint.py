@@ -15,11 +15,11 @@ from torch import Tensor
 from ..adapters import write_portable
 from ..adapters.config import ModuleEntry
 from ..adapters.keys import PREFIX
-from ..adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from ..adapters.portable import FIELDS
+from ..adapters.model import Adapter, AdapterKind, OrderStatus
+from ..adapters.portable import FIELDS, module_update
 from ..adapters.source import ADAPTER_FILES, CONFIG_NAME, WEIGHTS_NAME, read_tensors
-from ..base.fingerprint import WeightFingerprint
 from ..errors import AdapterError
+from ..files.opened import OpenedFile
 
 Facts = dict[str, Any]
 """A `ModuleEntry` as JSON: branch ranks, scaling, fingerprint of the base weight."""
@@ -92,7 +92,7 @@ def with_peft_names(tensors: Mapping[str, Tensor], modules: Mapping[str, Facts],
 def _written_by_peft(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
     files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        tensors = read_tensors(folder, file, allow_pickle=True)
+        tensors = read_tensors(folder, OpenedFile(file), allow_pickle=True)
         if tensors and all(name.startswith(PREFIX) for name in tensors):
             own = {name: tensor for name, tensor in tensors.items() if not OTHER_ADAPTER.fullmatch(name)}
             return file, {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
@@ -104,28 +104,13 @@ def _adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Te
     _refuse_difference(folder, set(tensors), {f"{module}.{part}" for module in modules for part in FIELDS})
     return Adapter(
         kind=AdapterKind.SMOA,
-        modules={module: _update(module, facts, tensors) for module, facts in modules.items()},
+        modules={m: module_update(m, ModuleEntry.model_validate(f), tensors) for m, f in modules.items()},
         rank=settings["r"],
         num_blocks=settings["num_blocks"],
         alpha=settings["lora_alpha"],
         order=OrderStatus.RECORDED,
         base_model=settings["base_model_name_or_path"],
         metadata={SETTINGS: {key: value for key, value in settings.items() if key not in NOT_SETTINGS}},
-    )
-
-
-def _update(module: str, facts: Facts, tensors: Mapping[str, Tensor]) -> ModuleUpdate:
-    entry = ModuleEntry.model_validate(facts)
-    a, b, row_block, col_block = (tensors[f"{module}.{part}"] for part in FIELDS)
-    return ModuleUpdate(
-        a=a,
-        b=b,
-        row_block=row_block.short(),
-        col_block=col_block.short(),
-        branch_ranks=tuple(entry.branch_ranks),
-        scaling=entry.scaling,
-        base=WeightFingerprint(**entry.base.model_dump()) if entry.base else None,
-        order_error=entry.order_error,
     )
 
 

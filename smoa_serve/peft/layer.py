@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.config import FingerprintEntry, ModuleEntry
+from ..adapters.config import ModuleEntry
 from ..adapters.model import ModuleUpdate
+from ..base.fingerprint import WeightFingerprint
 from ..errors import ConfigError
 from ..files.tensors import tensor_bytes
 from .blocks import Block, block_update, blocks_of
@@ -234,11 +235,11 @@ class SMoALinear(nn.Module, SMoALayer):
                 self._awaited.discard(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _fingerprint(self, weight: Tensor) -> FingerprintEntry:
+    def _fingerprint(self, weight: Tensor) -> WeightFingerprint:
         stored = (weight.t() if self.is_transposed else weight).cpu()
         dtype = str(weight.dtype).removeprefix("torch.")
         digest = hashlib.sha256(tensor_bytes(stored)).hexdigest()
-        return FingerprintEntry(shape=(weight.shape[0], weight.shape[1]), dtype=dtype, sha256=digest)
+        return WeightFingerprint(shape=(weight.shape[0], weight.shape[1]), dtype=dtype, sha256=digest)
 
 
 def _restore(matrix: Tensor, replaced: list[tuple[Block, Tensor]]) -> None:

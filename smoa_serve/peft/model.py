@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -10,7 +9,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.config import FingerprintEntry, ModuleEntry
+from ..adapters.config import ModuleEntry
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import AdapterError, ConfigError
 from .checkpoint import with_peft_names
@@ -82,7 +81,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]
         for module, layer in self.model.named_modules():
             if not isinstance(layer, SMoALinear):
                 continue
-            mark = FingerprintEntry(**asdict(base.fingerprint(module)))
+            mark = base.fingerprint(module)
             for adapter_name, entry in layer.entries.items():
                 layer.entries[adapter_name] = entry.model_copy(update={"base": mark})
                 facts = layer.entries[adapter_name].model_dump(mode="json")

@@ -8,7 +8,6 @@ from typing import Any
 
 from smoa_kernels.cost import CostModel
 
-from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision
 from smoa_serve.residence.counting import served
@@ -85,11 +84,7 @@ class LadderLoop:
         ran = self.rates.observe(status["steps"], status["tokens"])
         self._alone.observe(status["steps"], status["alone"])
         self._alone_steps.observe(status["steps"], status["alone_steps"])
-        loads = [
-            self._load(revision, statuses)
-            for revision in revisions.values()
-            if revision.staged.kind is not AdapterKind.LORA
-        ]
+        loads = [self._load(revision, statuses) for revision in revisions.values() if revision.staged.kind.modulates]
         self._show(loads, statuses, revisions)
         if not ran:
             return

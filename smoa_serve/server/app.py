@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from smoa_serve.adapters import AdapterSummary
 from smoa_serve.errors import EngineGoneError
 from smoa_serve.residence.counting import served
 from smoa_serve.residence.engine_client import several_processes
@@ -20,22 +21,13 @@ from smoa_serve.settings import Settings
 router = APIRouter(prefix="/v1/smoa")
 
 
-class AdapterInfo(BaseModel):
+class AdapterInfo(AdapterSummary):
     """One adapter as it is served now."""
 
     name: str
-    kind: str = Field(description="smoa, hira or lora")
-    digest: str = Field(description="sha256 of everything that changes the maths")
-    rank: int = Field(description="total rank r")
-    max_rank: int = Field(description="widest branch: what a slot must hold")
-    num_blocks: int = Field(description="K")
-    parameters: int
-    bytes: int = Field(description="factors and block ids in host memory")
     residence: str = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
     resident_bytes: int = Field(description="held for it while resident or merged, all workers")
     pinned: bool = Field(description="the automatic policy leaves it where it is")
-    order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
-    order_error: float = Field(description="worst expected relative error of a layer's update from the order")
     requests: int = Field(description="requests this content got under this name since it came")
     path: str = Field(description="as it was given")
 
@@ -57,24 +49,15 @@ async def list_adapters(raw_request: Request) -> AdapterList:
     counts = served(engine)
     data = []
     for name, revision in sorted(models.revisions.items()):
-        staged = revision.staged
         data.append(
             AdapterInfo(
+                **revision.staged.model_dump(include=set(AdapterSummary.model_fields)),
                 name=name,
-                kind=staged.kind.value,
-                digest=staged.digest,
-                rank=staged.rank,
-                max_rank=staged.max_rank,
-                num_blocks=staged.num_blocks,
-                parameters=staged.parameters,
-                bytes=staged.nbytes,
                 residence=step_of(statuses, revision.lora_int_id),
                 resident_bytes=sum(
                     status.get("resident_bytes", {}).get(str(revision.lora_int_id), 0) for status in statuses
                 ),
                 pinned=name in state.smoa_ladder.pinned,
-                order=staged.order.value if staged.order is not None else None,
-                order_error=staged.order_error,
                 requests=counts[revision.engine_name],
                 path=revision.requested_path,
             )

@@ -185,7 +185,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             raise type(error)(name, reasons) from error
 
     def _stage_again(self, path: Path) -> StagedAdapter:
-        return self._store.stage(path, self._base, self._options)
+        return self._store.stage(self._store.open(path, self._options), self._base)
 
     def _engines_reasons(self, error: Exception) -> list[str]:
         """Why the workers refused an adapter, all of them: vLLM hands on their reasons as one text."""

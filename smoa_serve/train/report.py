@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import detect_kind, load_adapter
-from ..adapters.lora import load_lora
-from ..adapters.model import AdapterKind
-from ..adapters.options import LoadOptions
-from ..adapters.source import open_source
+from ..adapters import open_adapter
 from ..base.checkpoint import BaseCheckpoint
 from .config import TrainConfig
 from .tokens import TokenizedData
@@ -65,7 +61,7 @@ def make_report(
     Raises:
         AdapterError: the adapter does not bind to the base.
     """
-    kind, digest = adapter_digest(adapter, base)
+    summary = open_adapter(adapter).summary(base)
     return {
         "config": config.model_dump(mode="json"),
         "versions": versions(),
@@ -81,8 +77,8 @@ def make_report(
         "examples": {"used": len(data), "cut": data.cut, "dropped": data.dropped},
         "data": file_digests([*config.data.train, *config.data.validation]),
         "adapter": {
-            "kind": kind.value,
-            "digest": digest,
+            "kind": summary.kind.value,
+            "digest": summary.digest,
             "trainable_parameters": outcome.trainable_parameters,
             "modules": len(modules),
         },
@@ -107,19 +103,6 @@ def loss_summary(log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "curve": points[::stride],
         "validation": measured,
     }
-
-
-def adapter_digest(adapter: Path, base: BaseCheckpoint) -> tuple[AdapterKind, str]:
-    """Kind and identity of a written adapter, as the server will show them.
-
-    Raises:
-        AdapterError: a server would refuse it on this base.
-    """
-    kind = detect_kind(adapter)
-    if kind is AdapterKind.LORA:
-        options = LoadOptions()
-        return kind, load_lora(open_source(adapter, options), base, options).digest
-    return kind, load_adapter(adapter, base).digest
 
 
 def base_fingerprint(base: BaseCheckpoint, modules: Iterable[str]) -> str:

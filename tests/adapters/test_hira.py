@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoa_serve.adapters import LoadOptions, detect_kind, load_adapter, write_hira
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter, write_hira
 from smoa_serve.adapters.hira import hira_factors
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base.checkpoint import BaseCheckpoint
@@ -63,7 +63,7 @@ def test_what_peft_saves_is_what_peft_merges(vectors: Path, tmp_path: Path, conf
     folder = vectors / "e2e" / "tiny-llama" / "base"
     merged = _peft_hira(folder, tmp_path / "hira", **config)
     base = BaseCheckpoint.open(folder)
-    assert detect_kind(tmp_path / "hira") is AdapterKind.HIRA
+    assert open_adapter(tmp_path / "hira").kind is AdapterKind.HIRA
     adapter = load_adapter(tmp_path / "hira", base)
     assert (adapter.kind, adapter.order, adapter.num_blocks) == (AdapterKind.HIRA, OrderStatus.NOT_NEEDED, 1)
     changed = [name for name in base.linear_modules if not torch.equal(merged[f"{name}.weight"], base.weight(name))]

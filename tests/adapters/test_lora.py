@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smoa_serve.adapters import LoadOptions
-from smoa_serve.adapters.lora import LoraFiles, load_lora
-from smoa_serve.adapters.source import open_source
+from smoa_serve.adapters import LoadOptions, open_adapter
+from smoa_serve.adapters.lora import LoraAdapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import AdapterError
-from smoa_serve.offline.inspect import verify_adapter
 from smoa_serve.store import AdapterStore
 
 PREFIX = "base_model.model."
@@ -54,13 +52,13 @@ def written(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     return folder
 
 
-def read(folder: Path, base: BaseCheckpoint | None, **options: Any) -> LoraFiles:
-    given = LoadOptions(**options)
-    return load_lora(open_source(folder, given), base, given)
+def read(folder: Path, base: BaseCheckpoint | None, **options: Any) -> LoraAdapter:
+    lora: LoraAdapter = open_adapter(folder, LoadOptions(**options)).read(base)
+    return lora
 
 
 @torch.no_grad()
-def served(base: BaseCheckpoint, files: LoraFiles) -> Tensor:
+def served(base: BaseCheckpoint, files: LoraAdapter) -> Tensor:
     """Logits with every module's B A added, which is all that the engine does."""
     from transformers import AutoModelForCausalLM
 
@@ -231,11 +229,11 @@ def test_other_configurations_are_refused_with_the_reason(base: BaseCheckpoint, 
     config = {key: value for key, value in (PLAIN | said).items() if value is not ...}
     folder = written(tmp_path / "adapter", factors(base, QV4), config)
     with pytest.raises(AdapterError) as caught:
-        AdapterStore(tmp_path / "store").stage(folder, base)
+        AdapterStore(tmp_path / "store").stage(open_adapter(folder), base)
     assert any(reason in found for found in caught.value.reasons), caught.value.reasons
     # `smoa-serve verify` says the same.
     with pytest.raises(AdapterError) as verified:
-        verify_adapter(folder, base)
+        open_adapter(folder).check(base)
     assert verified.value.reasons == caught.value.reasons
 
 
@@ -308,7 +306,7 @@ def test_other_tensors_are_refused_with_the_reason(base: BaseCheckpoint, tmp_pat
     change, reason = REFUSED_TENSORS[name]
     folder = written(tmp_path / "adapter", change(factors(base, QV4)), PLAIN)
     with pytest.raises(AdapterError) as caught:
-        AdapterStore(tmp_path / "store").stage(folder, base)
+        AdapterStore(tmp_path / "store").stage(open_adapter(folder), base)
     assert any(reason in found for found in caught.value.reasons), caught.value.reasons
 
 

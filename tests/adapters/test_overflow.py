@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from smoa_serve.adapters import load_adapter, write_portable
+from smoa_serve.adapters import load_adapter, open_adapter, write_portable
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.adapters.overflow import overflow_reasons
 from smoa_serve.adapters.rounding import Lost, too_much_lost
@@ -18,7 +18,6 @@ from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.cli.app import app
 from smoa_serve.errors import AdapterError, MergeLossError
 from smoa_serve.offline.checkpoint import merge
-from smoa_serve.offline.inspect import verify_adapter
 
 MakeBase = Callable[..., Path]
 Q = "model.layers.0.self_attn.q_proj"
@@ -87,8 +86,8 @@ def test_verify_looks_at_the_dtype_that_is_served(tmp_path: Path, make_base: Mak
     base = BaseCheckpoint.open(make_base({f"{Q}.weight": torch.randn(4, 3)}, dtype="float16"))
     path = portable(tmp_path / "wide", update(1.0, 7e4))
     with pytest.raises(AdapterError, match="not finite in float16"):
-        verify_adapter(path, base)
-    assert verify_adapter(path, base, dtype="bfloat16").layers == 1
+        open_adapter(path).check(base)
+    assert open_adapter(path).check(base, "bfloat16").layers == 1
     command = ["verify", str(path), "--base", str(base.path)]
     assert CliRunner().invoke(app, [*command, "--dtype", "float32"]).exit_code == 0
     assert CliRunner().invoke(app, command).exit_code == 1

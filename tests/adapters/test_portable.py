@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoa_serve.adapters import LoadOptions, detect_kind, load_adapter, write_portable
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter, write_portable
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.base.fingerprint import WeightFingerprint
@@ -70,7 +70,7 @@ def test_published_adapters_round_trip_exactly(vectors: Path, vector_index: dict
 
 def test_hira_keeps_its_kind_under_a_type_that_peft_does_not_know(tmp_path: Path) -> None:
     folder = write_portable(_adapter(1, AdapterKind.HIRA), tmp_path)
-    assert detect_kind(folder) is AdapterKind.HIRA
+    assert open_adapter(folder).kind is AdapterKind.HIRA
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "SMOA"
 
 

@@ -11,10 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smoa_serve.adapters import load_adapter, write_hira, write_portable
-from smoa_serve.adapters.config import HiraConfig, PortableConfig, PublishedConfig, kind_of, parse_config
+from smoa_serve.adapters import LoadOptions, load_adapter, write_hira, write_portable
+from smoa_serve.adapters.config import HiraConfig, PortableConfig, PublishedConfig, parse_config
+from smoa_serve.adapters.file import file_of
 from smoa_serve.adapters.keys import HIRA_KEY, LORA_KEY, PREFIX, SMOA_KEY, sort_tensors
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.adapters.source import Source
 from smoa_serve.base.fingerprint import WeightFingerprint
 from smoa_serve.cli.serve_settings import ServeSettings, load_settings
 from smoa_serve.cli.serve_vllm import vllm_command
@@ -153,7 +155,9 @@ def test_any_configuration_is_read_or_refused_by_its_keys(data: st.DataObject) -
     )
     keys = st.sampled_from([*model.model_fields, "unknown", "bias"])
     config = good | data.draw(st.dictionaries(keys, anything, max_size=3))
-    for read in (lambda: parse_config(model, "x", dict(config)), lambda: kind_of("x", dict(config))):
+    unread: Any = None
+    source = Source("x", Path("x"), dict(config), unread, LoadOptions())
+    for read in (lambda: parse_config(model, "x", dict(config)), lambda: file_of(source).slot_rank()):
         error = refusal(read)
         assert error is None or (isinstance(error, AdapterError) and error.reasons)
         str(error).encode("utf-8")

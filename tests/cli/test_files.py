@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from smoa_serve.adapters import detect_kind
+from smoa_serve.adapters import open_adapter
 from smoa_serve.cli import files
 
 
@@ -42,7 +42,7 @@ def test_convert_verify_inspect_and_merge_one_adapter(app: typer.Typer, llama: P
     assert "names and shapes only" in done.output
     done = _run(app, "convert", tmp_path / "p", "--to", "hira", "--out", tmp_path / "h")
     assert done.exit_code == 0, done.output
-    assert detect_kind(tmp_path / "h").value == "hira"
+    assert open_adapter(tmp_path / "h").kind.value == "hira"
     done = _run(app, "inspect", tmp_path / "p", "--base", base, "--json")
     report = json.loads(done.stdout)
     assert (report["base_match"], report["parameters"]) == ("exact", 3584)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoa_serve.adapters import LoadOptions
+from smoa_serve.adapters import LoadOptions, open_adapter
 from smoa_serve.cli import serve as serve_command
-from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_limits, slot_rank
+from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_limits
 from smoa_serve.cli.app import app, main
 from smoa_serve.cli.serve_settings import SECRET_FLAGS, TEXT_FLAGS, ServeSettings, load_settings
 from smoa_serve.cli.serve_vllm import plugin_names, vllm_command
@@ -129,13 +129,13 @@ def test_an_unknown_variable_names_the_nearest() -> None:
     ],
 )
 def test_slot_rank_is_the_widest_branch(config: Mapping[str, object], rank: int, make_adapter: MakeAdapter) -> None:
-    assert slot_rank(make_adapter("a", config), LoadOptions()) == rank
+    assert open_adapter(make_adapter("a", config)).slot_rank() == rank
 
 
 def test_a_configuration_without_rank_asks_for_the_flag(make_adapter: MakeAdapter) -> None:
     folder = make_adapter("a", PUBLISHED | {"r": None})
     with pytest.raises(AdapterError, match="--max-lora-rank"):
-        slot_rank(folder, LoadOptions())
+        open_adapter(folder).slot_rank()
     settings = ServeSettings(model="m", adapter={"a": str(folder)})
     given = ["--max-lora-rank", "32", "--max-loras=2", "--max_cpu_loras", "4"]
     assert vllm_command(settings, given, {}).argv[-len(given) :] == given

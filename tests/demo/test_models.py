@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa_serve.adapters import detect_kind, load_adapter
+from smoa_serve.adapters import load_adapter, open_adapter
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.demo import adapters, base_model, training
@@ -77,7 +77,7 @@ def test_every_adapter_binds_to_the_base_it_was_trained_on(
     folder = tmp_path / recipe.name
     assert build_adapter(recipe, small_base, folder, silent)
     assert not build_adapter(recipe, small_base, folder, silent)
-    assert detect_kind(folder) is recipe.kind
+    assert open_adapter(folder).kind is recipe.kind
     if recipe.kind is AdapterKind.LORA:
         import peft
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from smoa_serve.adapters import detect_kind, load_adapter
+from smoa_serve.adapters import load_adapter, open_adapter
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.demo import models, shipped
@@ -53,7 +53,7 @@ def test_the_demo_takes_them_without_training(no_training: None, tmp_path: Path)
     base = BaseCheckpoint.open(found.base)
     for recipe in RECIPES:
         folder = found.adapter(recipe)
-        assert detect_kind(folder) is recipe.kind
+        assert open_adapter(folder).kind is recipe.kind
         if recipe.kind is not AdapterKind.LORA:
             assert len(load_adapter(folder, base).modules) == 28
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from smoa_serve.adapters import LoadOptions, detect_kind, load_adapter, write_portable
-from smoa_serve.adapters.lora import load_lora
+from smoa_serve.adapters import open_adapter, write_portable
+from smoa_serve.adapters.lora import LoraAdapter
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.adapters.source import open_source
 from smoa_serve.base.checkpoint import BaseCheckpoint
 
 # Typical size of an entry of the update, in units of the weight: answers differ within a few tokens.
@@ -95,19 +94,19 @@ def merged_model(base: Path, adapter: Path | None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is None:
         return model.eval()
-    if detect_kind(adapter) is AdapterKind.LORA:
-        return _merged_lora(model, adapter).eval()
+    file = open_adapter(adapter)
+    if file.kind is AdapterKind.LORA:
+        return _merged_lora(model, file.read()).eval()
     with torch.no_grad():
-        for module, update in load_adapter(adapter, BaseCheckpoint.open(base)).modules.items():
+        for module, update in file.adapter(BaseCheckpoint.open(base)).modules.items():
             weight = model.get_submodule(module).weight
             weight += update.dense(weight)
     return model.eval()
 
 
 @torch.no_grad()
-def _merged_lora(model: Any, adapter: Path) -> Any:
+def _merged_lora(model: Any, files: LoraAdapter) -> Any:
     """By the formula: PEFT up to 0.20 cannot load LoRA beside a running engine with newer releases of transformers."""
-    files = load_lora(open_source(adapter, LoadOptions()), None, LoadOptions())
     scaling = float(str(files.config["lora_alpha"])) / float(str(files.config["r"]))
     for module, (a, b) in files.factors().items():
         weight = model.get_submodule(module).weight

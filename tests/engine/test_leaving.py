@@ -44,7 +44,7 @@ class Engine:
 
 
 def staged(path: Path, *_: object) -> StagedAdapter:
-    facts: dict[str, Any] = dict.fromkeys(("rank", "max_rank", "num_blocks", "parameters", "nbytes"), 1)
+    facts: dict[str, Any] = dict.fromkeys(("rank", "max_rank", "num_blocks", "parameters", "bytes"), 1)
     digest = path.name * 64
     return StagedAdapter(
         kind=AdapterKind.SMOA, digest=digest, path=path, order=None, order_error=0.0, source=str(path), **facts

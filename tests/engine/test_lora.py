@@ -145,8 +145,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_would_be_served_otherwise_is_refused_with_the_reason(
     tiny: Any, checkpoint: BaseCheckpoint, name: str
 ) -> None:
+    from smoa_serve.adapters import open_adapter
     from smoa_serve.errors import AdapterError
-    from smoa_serve.offline.inspect import verify_adapter
 
     said, reason = REFUSED[name]
     path = write_lora(checkpoint, tiny.root / f"refused-{name.replace(' ', '-')}", {}, said)
@@ -156,7 +156,7 @@ def test_what_would_be_served_otherwise_is_refused_with_the_reason(
     assert reason in message
     assert "stack trace" not in message
     with pytest.raises(AdapterError) as verified:
-        verify_adapter(path, checkpoint)
+        open_adapter(path).check(checkpoint)
     assert all(said in message for said in verified.value.reasons)
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -148,3 +149,21 @@ def test_one_series_tells_routers_which_adapters_run(tiny: Any, ask_all: Callabl
     assert len(series) == 1, series
     assert "@" not in series[0]
     assert 'max_lora="4"' in series[0]
+
+
+def test_a_copy_that_was_replaced_between_check_and_reading_is_not_served(vectors: Path, tmp_path: Path) -> None:
+    from smoa_serve.adapters import open_adapter
+    from smoa_serve.base.checkpoint import BaseCheckpoint
+    from smoa_serve.engine.worker import SmoaWorkerManager
+    from smoa_serve.errors import AdapterError
+    from smoa_serve.store import AdapterStore
+
+    folder = vectors / "e2e/tiny-llama"
+    base, store = BaseCheckpoint.open(folder / "base"), AdapterStore(tmp_path / "store")
+    names = ("qv_r8_k2_safetensors", "paper_targets_r6_k4_safetensors")
+    known, other = (store.stage(open_adapter(folder / "adapters" / name), base) for name in names)
+    lie = known.model_copy(update={"path": other.path})
+    worker: Any = SimpleNamespace(_private_copy=lambda request: lie)
+    with pytest.raises(AdapterError, match="its private copy was replaced while it was read") as refused:
+        SmoaWorkerManager._load_adapter(worker, SimpleNamespace())
+    assert refused.value.source == known.source

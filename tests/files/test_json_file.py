@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from smoa_serve.adapters import LoadOptions, load_adapter
-from smoa_serve.cli.adapter_limits import slot_rank
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter
 from smoa_serve.errors import AdapterError
 from smoa_serve.files import json_file
 from smoa_serve.files.json_file import JsonError, read_json
@@ -55,7 +54,7 @@ def test_a_configuration_that_no_trainer_writes_is_refused_soon(case: str, tmp_p
     text, reason = REFUSED[case]
     path = hira(tmp_path / "adapter", text)
     started = time.process_time()
-    read = slot_rank if case == "a million keys" else lambda path, options: load_adapter(path, None, options)
+    read = open_adapter if case == "a million keys" else lambda path, options: load_adapter(path, None, options)
     with pytest.raises(AdapterError, match=f"adapter_config.json cannot be read: .*{reason}") as refused:
         read(path, LoadOptions())
     assert len(str(refused.value).encode()) < 20_000

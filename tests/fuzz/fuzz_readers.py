@@ -28,13 +28,12 @@ from typing import Any
 import torch
 from safetensors.torch import load, save, save_file
 
-from smoa_serve.adapters import LoadOptions, load_adapter, write_portable
+from smoa_serve.adapters import LoadOptions, load_adapter, open_adapter, write_portable
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.base.checkpoint import BaseCheckpoint
-from smoa_serve.cli.adapter_limits import slot_rank
 from smoa_serve.errors import SmoaError
 from smoa_serve.offline.checkpoint import load_deltas
-from smoa_serve.offline.inspect import inspect_adapter, verify_adapter
+from smoa_serve.offline.inspect import inspect_adapter
 from smoa_serve.store import AdapterStore
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -101,10 +100,10 @@ class Readers:
             "load alone": lambda path: load_adapter(path, None, OPTIONS),
             "inspect": lambda path: json.dumps(inspect_adapter(path, self.base, OPTIONS).as_json()).encode("utf-8"),
             "inspect alone": lambda path: inspect_adapter(path, None, OPTIONS),
-            "verify": lambda path: verify_adapter(path, self.base, OPTIONS),
-            "slot rank": lambda path: slot_rank(path, OPTIONS),
+            "verify": lambda path: open_adapter(path, OPTIONS).check(self.base),
+            "slot rank": lambda path: open_adapter(path, OPTIONS).slot_rank(),
             "merge": lambda path: load_deltas(path, self.base, OPTIONS),
-            "stage": lambda path: self.store.stage(path, self.base, OPTIONS),
+            "stage": lambda path: self.store.stage(self.store.open(path, OPTIONS), self.base),
         }
 
     def seeds(self) -> list[Case]:

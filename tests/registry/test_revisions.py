@@ -11,7 +11,7 @@ from smoa_serve.store import StagedAdapter
 
 
 def revision(name: str, digest: str) -> Revision:
-    facts: dict[str, Any] = dict.fromkeys(("rank", "max_rank", "num_blocks", "parameters", "nbytes"), 1)
+    facts: dict[str, Any] = dict.fromkeys(("rank", "max_rank", "num_blocks", "parameters", "bytes"), 1)
     staged = StagedAdapter(
         kind=AdapterKind.SMOA, digest=digest, path=Path("x"), order=None, order_error=0.0, source="x", **facts
     )

@@ -12,12 +12,11 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from smoa_serve.adapters import load_adapter
+from smoa_serve.adapters import load_adapter, open_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.errors import BaseModelError, ConfigError
 from smoa_serve.train import run, train
 from smoa_serve.train.progress import DivergedError
-from smoa_serve.train.report import adapter_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 QUIET = Console(quiet=True)
@@ -39,7 +38,8 @@ def test_every_method_writes_an_adapter_and_a_report(
     report = train(config, Console(file=shown, width=200))
     assert json.loads((tmp_path / "out" / "training_report.json").read_text()) == json.loads(json.dumps(report))
     base = BaseCheckpoint.open(tiny_base)
-    assert adapter_digest(tmp_path / "out", base) == (method, report["adapter"]["digest"])
+    summary = open_adapter(tmp_path / "out").summary(base)
+    assert (summary.kind, summary.digest) == (method, report["adapter"]["digest"])
     assert report["adapter"]["kind"] == method
     assert report["adapter"]["modules"] == 10
     assert (report["steps"], report["seed"], report["resumed_from_step"]) == (4, 0, None)
