@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from smoa_kernels import StepPlan, smoa_delta
+from smoa_kernels.backends.cpp.launch import smoa_delta_cpp, smoa_linear_cpp
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.torch import smoa_delta_torch
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, CostModel, cost_model
-from smoa_kernels.cpp_ops import smoa_delta_cpp, smoa_linear_cpp
-from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.testing import TOLERANCES
-from smoa_kernels.torch_ops import smoa_delta_torch
 from torch import Tensor
 
 from benchmarks.dense import DenseWay, published_branches
@@ -97,7 +97,7 @@ class Step:
             return self._one_pass()
         if "triton" not in copies[0].banks:
             return None
-        from smoa_kernels.single_pass import MAX_TOKENS, SortedLayer, smoa_linear
+        from smoa_kernels.backends.triton.sorted import MAX_TOKENS, SortedLayer, smoa_linear
 
         banks, plan = [copy.banks["triton"] for copy in copies], self.plan()
         if not 0 < self.case.adapters <= self.case.tokens <= MAX_TOKENS or banks[0].max_rank > MAX_TOKENS:

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import default_implementation, require_implementation
+from smoa_kernels.backends.triton.tables import LayerTables
+from smoa_kernels.blocks.layout import BlockStore
+from smoa_kernels.blocks.partition import Partition
+from smoa_kernels.blocks.source import PartitionSource, RowScale, WeightBlock
 from smoa_kernels.cost import cost_model
-from smoa_kernels.device_tables import LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
-from smoa_kernels.implementations import default_implementation, require_implementation
-from smoa_kernels.layout import BlockStore
-from smoa_kernels.partition import Partition
-from smoa_kernels.partition_source import PartitionSource, RowScale, WeightBlock
 from smoa_kernels.slots import MergedBlock, SlotSlice
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 

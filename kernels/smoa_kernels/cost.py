@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from smoa_kernels.cpp_build import unavailable_reason, uses_tiles
+from smoa_kernels.backends.cpp.build import unavailable_reason, uses_tiles
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs
 
 logger = logging.getLogger(__name__)

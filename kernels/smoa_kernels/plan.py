@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smoa_kernels.backends.triton.tables import StepTables
 from smoa_kernels.cost import TRITON_COST
-from smoa_kernels.device_tables import StepTables
 from smoa_kernels.errors import PlanError
 from smoa_kernels.tokens import TokenGroup, TokenSet
 

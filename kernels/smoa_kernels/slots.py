@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from smoa_kernels.layout import BlockStore
-from smoa_kernels.partition import Partition
+from smoa_kernels.blocks.layout import BlockStore
+from smoa_kernels.blocks.partition import Partition
 
 
 @dataclass(frozen=True, eq=False)

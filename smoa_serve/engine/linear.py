@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
-from smoa_kernels.cpp_ops import one_pass, smoa_linear_cpp
+from smoa_kernels.backends.cpp.launch import one_pass, smoa_linear_cpp
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -206,7 +206,7 @@ def attach(
 
 def _prepare_gpu(bank: LayerBank, plan: StepPlan, captured: bool) -> None:
     """Scratch memory and tables exist before vLLM measures what is left for the KV cache, and before any capture."""
-    from smoa_kernels.triton_ops import scratch_bytes, warm_up
+    from smoa_kernels.backends.triton.launch import scratch_bytes, warm_up
 
     plan.cost = bank.cost
     plan.scratch(scratch_bytes(bank, plan.max_tokens))

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from smoa_kernels.partition_source import FP8
+from smoa_kernels.blocks.source import FP8
 from torch import Tensor
 
 from smoa_serve.engine import quantized

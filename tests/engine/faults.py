@@ -17,7 +17,7 @@ POINTS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("smoa_serve.engine.manager", "SmoaModelManager", ("check_lora", "_add_adapter", "remove_adapter")),
     ("smoa_serve.engine.linear", "SmoaLinearMixin", ("set_lora", "reset_lora")),
     ("smoa_serve.engine.weights", "ServedWeight", ("block", "whole")),
-    ("smoa_kernels.partition_source", "PartitionSource", ("acquire", "keep")),
+    ("smoa_kernels.blocks.source", "PartitionSource", ("acquire", "keep")),
     (
         "smoa_kernels.bank",
         "LayerBank",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from smoa_kernels import cpp_build
+from smoa_kernels.backends.cpp import build as cpp_build
 from smoa_kernels.cost import CPP_COST, TILES_COST, CostModel
 
 from smoa_serve.errors import AdapterError

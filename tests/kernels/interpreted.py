@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, ShapeError, StepPlan, smoa_delta, triton_ops
+from smoa_kernels import LayerBank, ShapeError, StepPlan, smoa_delta
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.triton import launch as triton_ops
+from smoa_kernels.backends.triton.sorted import SortedLayer, smoa_linear
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, TRITON_COST, CostModel
-from smoa_kernels.reference import smoa_delta_reference
-from smoa_kernels.single_pass import SortedLayer, smoa_linear
 from smoa_kernels.testing import (
     WORKLOADS,
     Layer,

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from smoa_kernels.layout import PANEL_ROWS, PackedBlocks, PlainBlocks
+from smoa_kernels.blocks.layout import PANEL_ROWS, PackedBlocks, PlainBlocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan
+from smoa_kernels.backends.cpp.launch import one_pass, smoa_delta_cpp, smoa_linear_cpp
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
-from smoa_kernels.cpp_ops import one_pass, smoa_delta_cpp, smoa_linear_cpp
 from smoa_kernels.testing import assert_close, cpu_cases, dense_delta, merge_slot, random_blocks, random_update
 from torch import Tensor
 

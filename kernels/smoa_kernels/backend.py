@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from smoa_kernels import cpp_build
+from smoa_kernels.backends.cpp import build as cpp_build
 from smoa_kernels.errors import ImplementationError
 
 # In order of preference.

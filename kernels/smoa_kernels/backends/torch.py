@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.blocks.layout import BlockStore, PlainBlocks
+from smoa_kernels.blocks.partition import Partition
 from smoa_kernels.cost import CostModel
-from smoa_kernels.layout import BlockStore, PlainBlocks
-from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan
 from smoa_kernels.slots import SlotSlice
 from smoa_kernels.tokens import TokenGroup, TokenSet

@@ -13,13 +13,13 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoa_kernels.device_tables import MAX_BLOCKS
-from smoa_kernels.single_pass import single_pass_launch
-from smoa_kernels.triton_expand import expand_kernel
-from smoa_kernels.triton_ops import COPY_TILE, expand_launch, rows_per_token, tile_launch
-from smoa_kernels.triton_rows import add_rows_kernel, prepare_kernel
-from smoa_kernels.triton_single_pass import gather_kernel, single_pass_kernel
-from smoa_kernels.triton_tile import tile_kernel
+from smoa_kernels.backends.triton.expand import expand_kernel
+from smoa_kernels.backends.triton.launch import COPY_TILE, expand_launch, rows_per_token, tile_launch
+from smoa_kernels.backends.triton.rows import add_rows_kernel, prepare_kernel
+from smoa_kernels.backends.triton.single_pass import gather_kernel, single_pass_kernel
+from smoa_kernels.backends.triton.sorted import single_pass_launch
+from smoa_kernels.backends.triton.tables import MAX_BLOCKS
+from smoa_kernels.backends.triton.tile import tile_kernel
 
 # Arguments by name. Pointers and strides are multiples of 16, as those of the launchers are for such layers.
 MODEL_DTYPE = ("y", "x", "rows", "delta", "expanded")

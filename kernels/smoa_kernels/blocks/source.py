@@ -5,12 +5,12 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from smoa_kernels.aligned import AlignedBlocks
-from smoa_kernels.device_tables import MAX_BLOCKS
+from smoa_kernels.backend import native_fp8
+from smoa_kernels.backends.triton.aligned import AlignedBlocks
+from smoa_kernels.backends.triton.tables import MAX_BLOCKS
+from smoa_kernels.blocks.layout import BlockStore, PackedBlocks, PlainBlocks
+from smoa_kernels.blocks.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.errors import ShapeError
-from smoa_kernels.implementations import native_fp8
-from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
-from smoa_kernels.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.update import SliceUpdate
 
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.

@@ -7,14 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
-from smoa_kernels.aligned import ALIGNMENT, aligned
+from smoa_kernels.backends.triton.aligned import ALIGNMENT, aligned
+from smoa_kernels.backends.triton.expand import expand_kernel
+from smoa_kernels.backends.triton.rows import add_rows_kernel, prepare_kernel
+from smoa_kernels.backends.triton.tables import MAX_BLOCKS, TILE_TOKENS, LayerTables
+from smoa_kernels.backends.triton.tile import tile_kernel
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.device_tables import MAX_BLOCKS, TILE_TOKENS, LayerTables
 from smoa_kernels.errors import ShapeError
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.triton_expand import expand_kernel
-from smoa_kernels.triton_rows import add_rows_kernel, prepare_kernel
-from smoa_kernels.triton_tile import tile_kernel
 
 # Rows that are prepared at a time: bounds the scratch memory of a long prefill.
 CHUNK_ROWS = 2048

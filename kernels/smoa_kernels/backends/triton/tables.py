@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smoa_kernels.aligned import AlignedBlocks
+from smoa_kernels.backends.triton.aligned import AlignedBlocks
+from smoa_kernels.blocks.partition import Partition
 from smoa_kernels.cost import CostModel
 from smoa_kernels.errors import PlanError
-from smoa_kernels.partition import Partition
 from smoa_kernels.slots import SlotSlice
 from smoa_kernels.tokens import TokenGroup
 

@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smoa_kernels.backends.cpp.build import library
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.blocks.layout import BlockStore, PackedBlocks
+from smoa_kernels.blocks.partition import Partition
 from smoa_kernels.cost import CostModel
-from smoa_kernels.cpp_build import library
 from smoa_kernels.errors import ImplementationError, ShapeError
-from smoa_kernels.layout import BlockStore, PackedBlocks
-from smoa_kernels.partition import Partition
 from smoa_kernels.plan import StepPlan
 
 

@@ -6,13 +6,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import available_implementations, default_implementation, require_implementation
+from smoa_kernels.backends.cpp.launch import smoa_delta_cpp
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.torch import smoa_delta_torch
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.errors import ShapeError
-from smoa_kernels.implementations import available_implementations, default_implementation, require_implementation
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.reference import smoa_delta_reference
-from smoa_kernels.torch_ops import smoa_delta_torch
 
 __all__ = ["available_implementations", "default_implementation", "smoa_delta"]
 
@@ -21,7 +21,7 @@ Implementation = Callable[[Tensor, Tensor, LayerBank, StepPlan], None]
 
 def _smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> None:
     # Triton is imported where it is used: it is not there on every machine.
-    from smoa_kernels.triton_ops import smoa_delta_triton
+    from smoa_kernels.backends.triton.launch import smoa_delta_triton
 
     smoa_delta_triton(y, x, bank, plan)
 

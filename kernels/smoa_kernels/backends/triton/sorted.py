@@ -8,14 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from smoa_kernels.aligned import ALIGNMENT, AlignedBlocks, aligned
+from smoa_kernels.backends.triton.aligned import ALIGNMENT, AlignedBlocks, aligned
+from smoa_kernels.backends.triton.rows import prepare_kernel
+from smoa_kernels.backends.triton.single_pass import gather_kernel, single_pass_kernel
+from smoa_kernels.backends.triton.tables import MAX_BLOCKS
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.device_tables import MAX_BLOCKS
+from smoa_kernels.blocks.partition import Block, Partition
 from smoa_kernels.errors import ShapeError
-from smoa_kernels.partition import Block, Partition
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.triton_rows import prepare_kernel
-from smoa_kernels.triton_single_pass import gather_kernel, single_pass_kernel
 
 # Tokens of one step: beyond, the product is no longer bound by reading the weight.
 MAX_TOKENS = 16

@@ -1,0 +1,1 @@
+"""Deltas on CPUs with AVX2 or better, in C++."""

@@ -1,0 +1,1 @@
+"""Deltas on CUDA GPUs, in Triton."""
