@@ -21,8 +21,9 @@ POINTS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     (
         "smoa_kernels.bank",
         "LayerBank",
-        ("_write", "_wipe", "_changed", "_delta_block", "make_resident", "drop_resident", "hold_merged", "drop_merged"),
+        ("_write", "_wipe", "_changed", "make_resident", "drop_resident", "hold_merged", "drop_merged"),
     ),
+    ("smoa_kernels.residents", None, ("delta_block",)),
     ("smoa_serve.engine.merging", None, ("exchange_of",)),
     ("smoa_serve.engine.merging", "Merger", ("commit",)),
     ("smoa_serve.engine.exchange", "HandlerExchange", ("begin", "put", "finish", "switch", "drop", "checksum")),
