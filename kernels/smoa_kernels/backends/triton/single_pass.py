@@ -76,7 +76,13 @@ def single_pass_kernel(
         _, slot, _, rank = position_slot(slots, order, token_to_slot, total, u // RANKS, index, num_slots)
         slot, rank = slot.to(tl.int32), rank.to(tl.int32)
         live, inside, present = u % RANKS < rank, i < num_rows, t < total
+        native = tl.load(
+            tl.load(fields + SORTED_ROW_ORDER).to(tl.pointer_type(tl.int32)) + row + i, mask=inside, other=0
+        )
         base = tl.zeros([BT, BI], tl.float32)
+        if BIAS:
+            shift = bias + tl.load(slices + index * SLICE_FIELDS + SLICE_OFFSET)
+            base += tl.load(shift + native, mask=inside, other=0.0).to(tl.float32)[None, :]
         update = tl.zeros([BT * RANKS, BI], tl.float32)
         for start in range(0, begin, BJ):
             j = start + tl.arange(0, BJ)
@@ -98,11 +104,5 @@ def single_pass_kernel(
             mask=live[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         base += tl.sum((update * outer.to(tl.float32)).reshape(BT, RANKS, BI), 1)
-        native = tl.load(
-            tl.load(fields + SORTED_ROW_ORDER).to(tl.pointer_type(tl.int32)) + row + i, mask=inside, other=0
-        )
-        offset = tl.load(slices + index * SLICE_FIELDS + SLICE_OFFSET)
-        if BIAS:
-            base += tl.load(bias + offset + native, mask=inside, other=0.0).to(tl.float32)[None, :]
-        out = y + offset + t[:, None].to(tl.int64) * y_stride
+        out = y + tl.load(slices + index * SLICE_FIELDS + SLICE_OFFSET) + t[:, None].to(tl.int64) * y_stride
         tl.store(out + native[None, :], base.to(dtype), mask=present[:, None] & inside[None, :])
