@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from smoa_kernels import SliceUpdate, StepPlan, smoa_delta
-from smoa_kernels.reference import smoa_delta_reference
+from smoa_kernels.backends.reference import smoa_delta_reference
 from smoa_kernels.testing import Layer, random_blocks, random_layer, random_update
 from torch import Tensor
 

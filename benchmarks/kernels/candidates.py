@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from smoa_kernels import StepPlan, smoa_delta
+from smoa_kernels import StepPlan, can_be_one_pass, smoa_delta, smoa_linear
+from smoa_kernels.backends.cpp.launch import smoa_delta_cpp
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.torch import smoa_delta_torch
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, CostModel, cost_model
-from smoa_kernels.cpp_ops import smoa_delta_cpp, smoa_linear_cpp
-from smoa_kernels.reference import smoa_delta_reference
 from smoa_kernels.testing import TOLERANCES
-from smoa_kernels.torch_ops import smoa_delta_torch
 from torch import Tensor
 
 from benchmarks.dense import DenseWay, published_branches
@@ -92,28 +92,12 @@ class Step:
 
     def single_pass(self) -> Call | None:
         """Base and delta from one read of a sorted copy of the weight: the whole output; None where it cannot serve."""
-        copies = self.layers.copies
-        if "cpp" in copies[0].banks:
-            return self._one_pass()
-        if "triton" not in copies[0].banks:
-            return None
-        from smoa_kernels.single_pass import MAX_TOKENS, SortedLayer, smoa_linear
-
-        banks, plan = [copy.banks["triton"] for copy in copies], self.plan()
-        if not 0 < self.case.adapters <= self.case.tokens <= MAX_TOKENS or banks[0].max_rank > MAX_TOKENS:
-            return None
-        slices = list(self.case.layer.slices)
-        sorted_layers = [
-            SortedLayer(list(torch.split(copy.weight, slices)), bank, 0)
-            for copy, bank in zip(copies, banks, strict=True)
-        ]
-        return lambda i: smoa_linear(self.x, sorted_layers[i], banks[i], plan)
-
-    def _one_pass(self) -> Call | None:
         if (self.slots < 0).any() or self.case.tokens > LONGEST_PASS:
             return None
         banks, plan = self.layers.whole_banks, self.plan()
-        return lambda i: smoa_linear_cpp(self.x, banks[i], plan)
+        if not can_be_one_pass(banks[0], plan):
+            return None
+        return lambda i: smoa_linear(self.x, banks[i], plan)
 
     def loop(self, implementation: str) -> Call:
         """`smoa_delta` once per adapter."""

@@ -51,10 +51,10 @@ class LayerSet:
 
     @cached_property
     def whole_banks(self) -> list[LayerBank]:
-        """Of each copy one that keeps its blocks inside the whole weight: for one pass by the C++ kernel."""
-        slices = list(self.shape.slices)
+        """Of each copy one that keeps its blocks inside the whole weight: for one pass, where the backend can."""
+        slices, best = list(self.shape.slices), next(iter(self.copies[0].banks))
         return [
-            _bank(self.shape, torch.split(copy.weight, slices), self.updates, "cpp", whole=True) for copy in self.copies
+            _bank(self.shape, torch.split(copy.weight, slices), self.updates, best, whole=True) for copy in self.copies
         ]
 
     @property

@@ -7,14 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import chosen
+from smoa_kernels.blocks.partition import Partition
+from smoa_kernels.blocks.source import PartitionSource, RowScale, WeightBlock
 from smoa_kernels.cost import cost_model
-from smoa_kernels.device_tables import LayerTables
 from smoa_kernels.errors import ShapeError, SlotError
-from smoa_kernels.implementations import default_implementation, require_implementation
-from smoa_kernels.layout import BlockStore
-from smoa_kernels.partition import Partition
-from smoa_kernels.partition_source import PartitionSource, RowScale, WeightBlock
-from smoa_kernels.slots import MergedBlock, SlotSlice
+from smoa_kernels.residents import MergedBlock, merged_blocks, with_resident
+from smoa_kernels.slots import SlotSlice
 from smoa_kernels.update import SliceUpdate, check_storage, update_reasons
 
 Value = TypeVar("Value")
@@ -33,10 +32,10 @@ class LayerBank:
             multiplied with. GPUs that know fp8 keep the blocks so, others in model dtype.
         retain_partitions: how many partitions that no slot uses are kept per slice, so that evicting an adapter and
             loading it again fetches nothing.
-        whole: for the C++ kernel: keep one partition of each slice inside the whole weight in its order, for steps
-            whose adapters all have that one (see `cpp_ops.one_pass`). As much memory as the weight.
-        implementation: which one the blocks are laid out for and `smoa_delta` runs; None = the best one here.
-            Of the others, all but "cpp" still serve the bank, slower.
+        whole: where the backend can: keep one partition of each slice inside the whole weight in its order, for steps
+            whose adapters all have that one (see `can_be_one_pass`). As much memory as the weight.
+        implementation: name of the backend that the blocks are laid out for and `smoa_delta` runs; None = the best one
+            here. "torch" and "reference" still serve the bank, slower.
 
     Attributes:
         slices: H_out_i of each slice; h_out their sum; h_in, num_slots S, max_rank R.
@@ -45,7 +44,7 @@ class LayerBank:
         version: grows with every change of a slot.
         cost: chooses the way of each adapter's tokens.
         fp8: whether the blocks are kept in fp8.
-        tables: what the GPU kernels read; None for the others.
+        backend: named `implementation`; attached: what it keeps beside the bank, None where it keeps nothing.
 
     Raises:
         ShapeError: the storages do not fit together.
@@ -69,9 +68,8 @@ class LayerBank:
         self.slices = tuple(int(storage.shape[2]) for storage in b)
         self.h_out = sum(self.slices)
         self.dtype, self.device = a[0].dtype, a[0].device
-        if implementation is not None:
-            require_implementation(implementation, self.device, self.dtype)
-        self.implementation = implementation or default_implementation(self.device, self.dtype)
+        self.backend = chosen(self.device, self.dtype, implementation)
+        self.implementation = self.backend.name
         self.cost = cost_model(self.implementation, self.device, self.dtype)
         self._empty: tuple[SlotSlice | None, ...] = (None,) * len(self.slices)
         self.merged = False
@@ -81,7 +79,7 @@ class LayerBank:
             num_slices=len(self.slices),
             dtype=self.dtype,
             device=self.device,
-            implementation=self.implementation,
+            backend=self.backend,
             weight_block=weight_block,
             row_scale=row_scale,
             retain=retain_partitions,
@@ -89,7 +87,7 @@ class LayerBank:
         )
         self.fp8 = self._source.fp8
         self._memo: dict[Hashable, tuple[int, Any]] = {}
-        self.tables = LayerTables(self.a, self.b) if self.implementation == "triton" else None
+        self.attached = self.backend.attach_bank(self)
 
     @property
     def partition_bytes(self) -> int:
@@ -184,15 +182,6 @@ class LayerBank:
             return self.a[index][0, :0], self.b[index][0, :0]
         return self.a[index][slot, : entry.rank], self.b[index][slot, : entry.rank]
 
-    def _delta_block(self, index: int, slot: int, k: int) -> Tensor:
-        """`W_k * (B_k A_k)` of a slot that has factors, scaling included: [m_k, n_k] fp32."""
-        entry = self.slots[slot][index]
-        assert entry is not None
-        block = entry.partition.blocks[k]
-        a, b = self.factors(index, slot)
-        rows, cols = slice(block.row_start, block.row_end), slice(block.col_start, block.col_end)
-        return (b[:, rows].float().T @ a[:, cols].float()).mul_(entry.partition.store.block(k))
-
     def make_resident(self, slot: int) -> int:
         """Forms a slot's blocks of dW in model dtype and keeps them: its tokens then cost no more than a plain GEMM.
 
@@ -204,10 +193,9 @@ class LayerBank:
         """
         self._check_slot(slot)
         self.slots[slot] = tuple(
-            entry if entry is None or entry.resident is not None or entry.idle
-            else replace(entry, resident=self._resident(index, slot, entry.partition))
+            entry and with_resident(entry, self.factors(index, slot), self._source.keep)
             for index, entry in enumerate(self.slots[slot])
-        )  # fmt: skip
+        )
         self._changed()
         return self.resident_bytes(slot)
 
@@ -237,19 +225,8 @@ class LayerBank:
         """
         self._check_slot(slot)
         for index, entry in enumerate(self.slots[slot]):
-            if entry is None or entry.idle:
-                continue
-            partition = entry.partition
-            for k, block in enumerate(partition.blocks):
-                update, before = self._delta_block(index, slot, k), partition.store.block(k)
-                yield MergedBlock(
-                    index=index,
-                    rows=partition.row_order[block.row_start : block.row_end],
-                    cols=partition.col_order[block.col_start : block.col_end],
-                    update=update,
-                    before=before,
-                    after=(update + before).to(self.dtype),
-                )
+            if entry is not None and not entry.idle:
+                yield from merged_blocks(index, entry, self.factors(index, slot))
 
     def hold_merged(self, slot: int, back: Sequence[Sequence[Tensor]]) -> None:
         """Prepares for the caller's base weight to hold `W' = W + dW` of a slot, in the blocks of `merged_blocks`.
@@ -284,15 +261,11 @@ class LayerBank:
         """Bytes of the blocks of `hold_merged`."""
         return self.resident_bytes(-1)
 
-    def _resident(self, index: int, slot: int, partition: Partition) -> BlockStore:
-        blocks = range(len(partition.blocks))
-        return self._source.keep([self._delta_block(index, slot, k).to(self.dtype) for k in blocks])
-
     def _changed(self) -> None:
         self.version += 1
         self._memo.clear()
-        if self.tables is not None:
-            self.tables.write(self.slots)
+        if self.attached is not None:
+            self.attached.write(self)
 
     def memo(self, key: Hashable, step: int, build: Callable[[], Value]) -> Value:
         """`build()`, remembered under `key` while neither the slots nor the step (a plan's version) change."""

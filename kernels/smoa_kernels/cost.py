@@ -5,15 +5,13 @@ and then takes a row per token, resident reads the adapter's own blocks of dW an
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from smoa_kernels.cpp_build import unavailable_reason, uses_tiles
+from smoa_kernels.backend import backends
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs
 
 logger = logging.getLogger(__name__)
@@ -60,19 +58,9 @@ class CostModel:
         return tokens + self.form + self.form_per_rank * rank
 
 
-# From `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864, K = 2 to 8, r_k = 2 to 16.
-TORCH_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
-CPP_COST = CostModel(form=7.0, form_per_rank=1.25, resident=9.0)
-# Likewise, where the tile unit multiplies: rows cost little beside forming and reading. `beside` by steps of 80 to
-# 1,024 tokens, K = 4: in one pass they took 0.9 to 1.3 times the base product's time; on merged weights that time, and
-# what 40 tokens take, and 1.1 for each token of others.
-TILES_COST = CostModel(form=12.0, form_per_rank=9.0, resident=40.0, beside=0.15)
-# Not measured: a tile is formed by one pass of the tensor cores over the rank, padded to 16, and serves 64 tokens.
-TRITON_COST = CostModel(form=16.0, form_per_rank=0.0, resident=8.0)
-# Where `python -m benchmarks tune` was never run.
-DEFAULT_COSTS: Mapping[str, CostModel] = MappingProxyType(
-    {"triton": TRITON_COST, "cpp": CPP_COST, "torch": TORCH_COST, "reference": TORCH_COST}
-)
+# Of plain torch operations, by `python -m benchmarks tune` on two AVX512-BF16 cores: bf16, layers from 896 to 4864,
+# K = 2 to 8, r_k = 2 to 16.
+DEFAULT_COST = CostModel(form=60.0, form_per_rank=3.0, resident=7.0)
 # For tests and measurements: one way for every group. Resident needs the group's blocks, others then expand.
 ALWAYS_EXPAND = CostModel(form=float("inf"), form_per_rank=0.0, resident=float("inf"))
 ALWAYS_MODULATE = CostModel(form=float("-inf"), form_per_rank=0.0, resident=float("inf"))
@@ -80,10 +68,10 @@ ALWAYS_RESIDENT = CostModel(form=float("inf"), form_per_rank=0.0, resident=float
 
 
 def cost_model(implementation: str, device: torch.device, dtype: torch.dtype) -> CostModel:
-    """The constants of an implementation on this device: those measured here, else the default ones.
+    """The constants of a backend on this device: those measured here, else its own.
 
     Args:
-        implementation: a name in DEFAULT_COSTS.
+        implementation: name of the backend.
         device: where it runs; on a CPU the number of threads that torch uses now counts too.
         dtype: of the model.
 
@@ -106,9 +94,7 @@ def _cost_model(implementation: str, device: torch.device, dtype: torch.dtype, t
 
 def default_cost(implementation: str, device: torch.device, dtype: torch.dtype) -> CostModel:
     """The constants where nothing was measured."""
-    if implementation == "cpp" and unavailable_reason(device.type, dtype) is None and uses_tiles(dtype):
-        return TILES_COST
-    return DEFAULT_COSTS[implementation]
+    return backends()[implementation].cost(device, dtype)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Which tokens of an engine step use which slot: built once on the host, shared by all layers."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
@@ -9,14 +10,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smoa_kernels.cost import TRITON_COST
-from smoa_kernels.device_tables import StepTables
+from smoa_kernels.cost import CostModel
 from smoa_kernels.errors import PlanError
-from smoa_kernels.tokens import TokenGroup, TokenSet
 
 Value = TypeVar("Value")
 _VERSIONS = count(1)
 DEFAULT_RANK = 8  # until a slot is described
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """The tokens of one slot: positions [start, end) of the plan's token order."""
+
+    slot: int
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Rows of x and y: a range where they are consecutive, else an index. Exactly one of the two is given."""
+
+    rows: slice | None
+    index: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """Those rows of x: a view for a range, a copy otherwise."""
+        return x[self.rows] if self.index is None else x.index_select(0, self.index)
 
 
 class StepPlan:
@@ -39,8 +64,8 @@ class StepPlan:
         compensation: then the plan that gives all other tokens slot `num_slots` (see `LayerBank.hold_merged`); else
             None.
         ranks: [S] highest live rank that any layer has of each slot, and residents: whether it has resident blocks.
-            Only the GPU kernels' choice of ways goes by them; see `describe`.
-        cost: their cost model.
+            Only backends that choose the ways once for all layers go by them; see `describe`.
+        cost: for that choice; None = the backend's own constants.
         version: identity of the current map, unique among all plans; unchanged by an update with an equal map.
     """
 
@@ -58,10 +83,10 @@ class StepPlan:
         self._others: StepPlan | None = None
         self.ranks = [DEFAULT_RANK] * num_slots
         self.residents = [False] * num_slots
-        self.cost = TRITON_COST
+        self.cost: CostModel | None = None
         self.version = 0
         self._described = False
-        self._tables: StepTables | None = None
+        self._attached: dict[Hashable, Any] = {}
         self._slots: NDArray[np.int64] = np.empty(0, np.int64)
         self._cache: dict[Hashable, Any] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -108,7 +133,8 @@ class StepPlan:
         self.token_to_slot.fill_(-1)
         self.token_to_slot[: slots.size].copy_(torch.from_numpy(slots))
         self.token_order[: self.order.size].copy_(torch.from_numpy(self.order))
-        self._write_tables()
+        for state in self._attached.values():
+            state.write(self)
 
     def describe(self, slot: int, rank: int, resident: bool) -> None:
         """Says what a slot holds, so that its tokens go the cheapest way from the next update on. A wrong word costs
@@ -123,17 +149,14 @@ class StepPlan:
             self.ranks[slot], self.residents[slot] = rank, resident
             self._described = True
 
-    @property
-    def tables(self) -> StepTables:
-        """What the GPU kernels read; made at the first call, never moved afterwards."""
-        if self._tables is None:
-            self._tables = StepTables(self.max_tokens, self.num_slots, self.device)
-            self._write_tables()
-        return self._tables
-
-    def _write_tables(self) -> None:
-        if self._tables is not None:
-            self._tables.write(self.groups, self.order, self.ranks, self.residents, self.cost)
+    def attached(self, kind: Callable[["StepPlan"], Value]) -> Value:
+        """A backend's state of this plan: `kind(self)` at the first call, never another. Its `write(self)` is told of
+        every step."""
+        if kind not in self._attached:
+            self._attached[kind] = kind(self)
+            self._attached[kind].write(self)
+        state: Value = self._attached[kind]
+        return state
 
     def _compensate(self, slots: NDArray[np.int64], merged: bool) -> None:
         if not merged:

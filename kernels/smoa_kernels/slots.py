@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from smoa_kernels.layout import BlockStore
-from smoa_kernels.partition import Partition
+from smoa_kernels.blocks.layout import BlockStore
+from smoa_kernels.blocks.partition import Partition
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,25 +24,3 @@ class SlotSlice:
     def idle(self) -> bool:
         """Whether its delta is zero by construction."""
         return not self.partition.blocks or (self.rank == 0 and self.resident is None)
-
-
-@dataclass(frozen=True, eq=False)
-class MergedBlock:
-    """One block of a weight with an adapter's update in it.
-
-    Attributes:
-        index: slice; rows [m] and cols [n]: native coordinates in it.
-        update: dW, [m, n] fp32; before: W, [m, n] model dtype; after: their sum, added in fp32 and rounded once.
-    """
-
-    index: int
-    rows: Tensor
-    cols: Tensor
-    update: Tensor
-    before: Tensor
-    after: Tensor
-
-    @property
-    def back(self) -> Tensor:
-        """`W - W'`. Exact wherever both lie within a factor of two (Sterbenz); elsewhere rounded once."""
-        return self.before - self.after

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smoa_kernels.backend import available_implementations
+from smoa_kernels.backends.cpp.build import supported_instruction_sets
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.cpp_build import supported_instruction_sets
-from smoa_kernels.implementations import available_implementations
-from smoa_kernels.slots import MergedBlock
+from smoa_kernels.residents import MergedBlock
 from smoa_kernels.update import SliceUpdate
 
 WORKLOADS = ("distinct", "uniform", "zipf", "identical", "skewed")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from smoa_kernels.slots import MergedBlock
+from smoa_kernels import MergedBlock
 from torch import Tensor
 
 from smoa_serve.engine.weights import ServedWeight

@@ -6,8 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
-from smoa_kernels.cpp_ops import one_pass, smoa_linear_cpp
+from smoa_kernels import LayerBank, SliceUpdate, StepPlan, can_be_one_pass, smoa_delta, smoa_linear
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -82,8 +81,8 @@ class SmoaLinearMixin:
         """What the op `linear` does: the layer's output [..., H_out] of x [..., H_in], all deltas included."""
         flat = x.reshape(-1, x.shape[-1])
         plan, no_lora = self.smoa_plan, self.punica_wrapper.no_lora
-        if plan.active and no_lora and len(flat) == plan.num_tokens and one_pass(self.smoa_bank, plan):
-            y = smoa_linear_cpp(flat, self.smoa_bank, plan, bias)
+        if plan.active and no_lora and len(flat) == plan.num_tokens and can_be_one_pass(self.smoa_bank, plan):
+            y = smoa_linear(flat, self.smoa_bank, plan, bias)
         else:
             y = self.base_layer.quant_method.apply(self.base_layer, flat, bias)
             if not no_lora:
@@ -200,18 +199,8 @@ def attach(
         whole=whole and layer.smoa_one_op and layer.smoa_weight.merge_refusal() is None,
         retain_partitions=_RETAINED if plan.device.type == "cpu" else 0,
     )
-    if layer.smoa_bank.implementation == "triton":
-        _prepare_gpu(layer.smoa_bank, plan, captured)
-
-
-def _prepare_gpu(bank: LayerBank, plan: StepPlan, captured: bool) -> None:
-    """Scratch memory and tables exist before vLLM measures what is left for the KV cache, and before any capture."""
-    from smoa_kernels.triton_ops import scratch_bytes, warm_up
-
-    plan.cost = bank.cost
-    plan.scratch(scratch_bytes(bank, plan.max_tokens))
-    if captured:
-        warm_up(bank, plan)
+    # What a step needs exists before vLLM measures what is left for the KV cache, and before any capture.
+    layer.smoa_bank.backend.attach_plan(plan, layer.smoa_bank, captured)
 
 
 def can_be_opaque(layer: Any) -> bool:

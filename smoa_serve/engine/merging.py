@@ -10,8 +10,7 @@ from time import monotonic
 from typing import Any, NoReturn
 
 import torch
-from smoa_kernels import LayerBank
-from smoa_kernels.cost import CPP_COST, CostModel
+from smoa_kernels import DEFAULT_COST, CostModel, LayerBank
 from torch import Tensor
 
 from smoa_serve.adapters.rounding import Lost
@@ -67,7 +66,7 @@ class Merger:
         self._checksums: dict[str, bytes] = {}
         self._staged: _Staged | None = None
         self.merged = self.active = False
-        self._one_pass, self._rank, self._cost = False, 0, CPP_COST
+        self._one_pass, self._rank, self._cost = False, 0, DEFAULT_COST
         self.policy = MergePolicy.COMPENSATE
         self.broken: str | None = None
         self.untidy, self._dropping = False, list[WeightExchange]()

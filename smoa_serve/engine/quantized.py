@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from smoa_kernels import dequantized, picked
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -67,27 +68,6 @@ def quantized_weight(layer: Any) -> tuple[Tensor, Tensor] | None:
     if tuple(scale.shape) not in {(), (1,), (1, 1), (h_out,), (h_out, 1), (1, h_out)}:
         return None
     return weight.detach().t(), scale.detach().float().reshape(-1).expand(h_out).contiguous()
-
-
-def dequantized(weight: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:
-    """W[rows][:, cols] of what `quantized_weight` returned.
-
-    Args:
-        weight: [H_out, H_in] fp8.
-        scale: [H_out] fp32.
-        rows: int64 [m].
-        cols: int64 [n].
-        dtype: model dtype.
-
-    Returns:
-        [m, n] in `dtype`: the product in fp32, rounded once.
-    """
-    return (picked(weight, rows, cols).float() * scale.index_select(0, rows)[:, None]).to(dtype)
-
-
-def picked(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """weight[rows][:, cols] of an fp8 weight, for which indexing is not implemented: [m, n] fp8."""
-    return weight.view(torch.uint8).index_select(0, rows).index_select(1, cols).view(weight.dtype)
 
 
 @torch.inference_mode()
@@ -149,7 +129,7 @@ def _fp8_error(layer: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
     input_scale = getattr(layer, "input_scale", None)
     # A recorded activation scale fixes the range: stay inside it.
     amplitude = float(input_scale.max()) * 64 if isinstance(input_scale, Tensor) else 1.0
-    read = dequantized(weight, scale, rows, cols, dtype)
+    read = dequantized(picked(weight, rows, cols), scale, dtype)
     return _worst_error(layer, _probe_values(count) * amplitude, first, columns, read)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from smoa_kernels.partition_source import FP8
+from smoa_kernels import FP8, dequantized, picked
 from torch import Tensor
 
 from smoa_serve.engine import quantized
@@ -77,7 +77,9 @@ class ServedWeight:
         start = self._offsets[index]
         stored = quantized.quantized_weight(self._layer)
         if stored is not None and self.is_fp8:
-            return quantized.dequantized(*stored, rows + start, cols, self.dtype)
+            weight, scale = stored
+            rows = rows + start
+            return dequantized(picked(weight, rows, cols), scale.index_select(0, rows), self.dtype)
         weight = self._full()
         part = weight[start : start + self._sizes[index]]
         # Always a copy, of a whole weight too (HiRA): another adapter may be merged into the weight itself later.
@@ -93,7 +95,7 @@ class ServedWeight:
         """Like `block`, of a weight that `is_kernel_fp8`: as it is stored, [m, n] float8_e4m3fn; see `row_scale`."""
         stored = quantized.quantized_weight(self._layer)
         assert stored is not None
-        return quantized.picked(stored[0], rows + self._offsets[index], cols)
+        return picked(stored[0], rows + self._offsets[index], cols)
 
     def row_scale(self, index: int, rows: Tensor) -> Tensor:
         """What each row of `fp8_block` is multiplied with, [m] fp32."""

@@ -6,7 +6,7 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision

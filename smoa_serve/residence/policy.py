@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 Action = Literal["merge", "unmerge", "resident", "slot"]
 # Weight of the newest interval in a token rate.

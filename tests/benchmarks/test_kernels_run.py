@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from smoa_kernels.cost import DEFAULT_COSTS
+from smoa_kernels.backend import BUILT_IN
 from smoa_kernels.tuned import cost_file, read_costs
 
 from benchmarks.kernels import candidates, cases, lora, plain, run, timing, tune
@@ -80,7 +80,7 @@ def test_each_way_is_forced_and_the_constants_are_stored() -> None:
     assert not bars
     summaries = [row for row in rows if row["kind"] == "tuned"]
     stored = {found.implementation: found for found in read_costs(cost_file())}
-    assert {row["implementation"] for row in summaries} == set(stored) <= set(DEFAULT_COSTS)
+    assert {row["implementation"] for row in summaries} == set(stored) <= set(BUILT_IN)
     for row in summaries:
         assert row["constants"] == {name: getattr(stored[row["implementation"]], name) for name in row["constants"]}
         assert row["points"] == 4

@@ -66,7 +66,7 @@ def seen() -> Iterator[Seen]:
     """Counts what the layers call, without changing it. Steps beside a merged adapter run on its weights wherever the
     policy lets them: what is cheaper depends on the machine."""
     counts = Seen()
-    real_pass, real_delta = layers.smoa_linear_cpp, layers.smoa_delta
+    real_pass, real_delta = layers.smoa_linear, layers.smoa_delta
 
     def one_pass(*arguments: Any) -> torch.Tensor:
         counts.one_pass += 1
@@ -78,7 +78,7 @@ def seen() -> Iterator[Seen]:
         real_delta(y, x, bank, plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "smoa_linear_cpp", one_pass)
+        patch.setattr(layers, "smoa_linear", one_pass)
         patch.setattr(layers, "smoa_delta", delta)
         patch.setattr(merging, "merged_is_cheaper", lambda *_, **__: True)
         yield counts

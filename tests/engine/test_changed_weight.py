@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from smoa_kernels import cpp_build
+from smoa_kernels.backends.cpp import build as cpp_build
 
 from smoa_serve.engine.exchange import PlainExchange
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from smoa_kernels import cpp_build
-from smoa_kernels.cost import CPP_COST, TILES_COST, CostModel
+from smoa_kernels import CostModel
+from smoa_kernels.backends.cpp import build as cpp_build
+from smoa_kernels.backends.cpp.backend import CPP_COST, TILES_COST
 
 from smoa_serve.errors import AdapterError
 

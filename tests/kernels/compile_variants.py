@@ -18,7 +18,7 @@ SLACK = 1.1  # of registers, which differ a little between releases of the assem
 def main() -> None:
     """Compile, print, write at wish."""
     os.environ.pop("TRITON_INTERPRET", None)
-    from smoa_kernels.triton_variants import compile_variant, variants
+    from triton_variants import compile_variant, variants
 
     taken = {
         f"sm_{capability}/{variant.name}": asdict(compile_variant(variant, capability))

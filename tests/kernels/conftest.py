@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from smoa_kernels import cost, cpp_build
+from smoa_kernels import cost
+from smoa_kernels.backends.cpp import build as cpp_build
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, ShapeError, StepPlan, smoa_delta, triton_ops
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, TRITON_COST, CostModel
-from smoa_kernels.reference import smoa_delta_reference
-from smoa_kernels.single_pass import SortedLayer, smoa_linear
+from smoa_kernels import LayerBank, ShapeError, StepPlan, can_be_one_pass, smoa_delta, smoa_linear
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.triton import launch as triton_ops
+from smoa_kernels.backends.triton.tables import TRITON_COST, LayerTables, StepTables
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
 from smoa_kernels.testing import (
     WORKLOADS,
     Layer,
@@ -169,21 +170,25 @@ def test_a_described_rank_may_be_wrong(generator):
         assert_close(found, expected)
 
 
+def memory_of(bank: LayerBank, plan: StepPlan) -> tuple[torch.Tensor, ...]:
+    """All tables that launches are given."""
+    layer, step = bank.attached, plan.attached(StepTables)
+    assert isinstance(layer, LayerTables)
+    return layer.slices, layer.slots, layer.sorted, layer.numbers, step.counts, step.expand, step.tiled, step.tiles
+
+
 def test_tables_stay_where_they_are(generator):
     """What a captured graph relies on: other adapters and other steps are written into the same memory."""
     layer = made(40, (24,), {0: (2, 5)}, torch.float32, generator)
     plan = planned(layer.bank, [0, -1, 0], TRITON_COST)
-    tables = layer.bank.tables
-    memory = (tables.slices, tables.slots, plan.tables.counts, plan.tables.expand, plan.tables.tiled, plan.tables.tiles)
-    before = [tensor.data_ptr() for tensor in memory]
+    before = [tensor.data_ptr() for tensor in memory_of(layer.bank, plan)]
     layer.bank.set(
         1, [random_update(random_blocks(24, 4, generator), random_blocks(40, 4, generator), (5,) * 4, generator)]
     )
     layer.bank.clear(0)
     layer.bank.make_resident(1)
     plan.update([1] * 7)
-    now = layer.bank.tables
-    memory = (now.slices, now.slots, plan.tables.counts, plan.tables.expand, plan.tables.tiled, plan.tables.tiles)
+    memory = memory_of(layer.bank, plan)
     assert [tensor.data_ptr() for tensor in memory] == before
     assert_matches_reference(layer.bank, [1, 0, 1, -1], TRITON_COST, generator)
 
@@ -228,31 +233,68 @@ def test_fp8_weights_are_dequantized(cost, implementation, generator):
     assert_close(y[[0, 2]], x[[0, 2]] @ delta.T)
 
 
+def whole_layer(h_in: int, slices: Sequence[int], rank: int, dtype: torch.dtype, generator: torch.Generator) -> Layer:
+    """A layer whose bank keeps the whole weight."""
+    layer = random_layer(h_in, slices, slots=SLOTS, max_rank=rank, dtype=dtype, generator=generator)
+    bank = LayerBank(
+        a=layer.bank.a, b=layer.bank.b, weight_block=lambda index, rows, cols: layer.weights[index][rows][:, cols],
+        whole=True, implementation="triton",
+    )  # fmt: skip
+    return Layer(layer.weights, bank)
+
+
 @every_dtype
 @pytest.mark.parametrize("tokens", [1, 9, 16])
-def test_single_pass_is_base_and_delta(dtype, tokens, generator):
-    layer = random_layer(
-        67, (45, 20), slots=SLOTS, max_rank=3, dtype=dtype, generator=generator, implementation="triton"
-    )
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_single_pass_is_base_and_delta(dtype, tokens, biased, generator):
+    layer = whole_layer(67, (45, 20), 3, dtype, generator)
     cols = [random_blocks(67, 3, generator) for _ in range(2)]
     rows = [random_blocks(size, 3, generator) for size in (45, 20)]
     cols[0][cols[0] == 2], rows[1][rows[1] == 1] = 9, 7  # columns and rows without a counterpart
     for slot in range(3):
         ranks = tuple((3, 0, 1, 2)[(slot + k) % 4] for k in range(10))
         layer.bank.set(slot, [random_update(rows[i], cols[i], ranks, generator) for i in range(2)])
-    plan = planned(layer.bank, [(0, 1, -1, 2, 3)[t % 5] for t in range(tokens)], TRITON_COST)
-    x = torch.randn(tokens, 67, generator=generator).to(dtype)
-    expected = (x.float() @ torch.cat(layer.weights).float().T).to(dtype)
-    smoa_delta_reference(expected, x, layer.bank, plan)
-    assert_close(smoa_linear(x, SortedLayer(list(layer.weights), layer.bank, 0), layer.bank, plan), expected)
+    bias = torch.randn(65, generator=generator).to(dtype) if biased else None
+    for present in ((0, 1, -1, 2, 3), (0, 1, 2, 3)):
+        slots = [present[t % len(present)] for t in range(tokens)]
+        plan = planned(layer.bank, slots, TRITON_COST)
+        x = torch.randn(tokens, 67, generator=generator).to(dtype)
+        base = x.float() @ torch.cat(layer.weights).float().T
+        expected = (base if bias is None else base + bias.float()).to(dtype)
+        smoa_delta_reference(expected, x, layer.bank, plan)
+        # The kernel serves tokens of the base too; the op leaves them to the base product, whose bits they keep.
+        assert_close(triton_ops.smoa_linear_triton(x, layer.bank, plan, bias), expected)
+        assert can_be_one_pass(layer.bank, plan) == (-1 not in slots)
+        if can_be_one_pass(layer.bank, plan):
+            assert_close(smoa_linear(x, layer.bank, plan, bias), expected)
+    assert_matches_reference(layer.bank, [0, -1, 2, 1], TRITON_COST, generator)
+
+
+def test_the_sorted_weight_is_that_of_the_partition_in_use(generator):
+    """One that nobody uses any more is dropped, another one takes its place, and the tables follow."""
+    layer, first = whole_layer(40, (24,), 4, torch.float32, generator), None
+    plan, x = planned(layer.bank, [0], TRITON_COST), torch.randn(1, 40, generator=generator)
+    for seed in range(12):  # more than are retained without a user
+        ids = random_blocks(40, 2 + seed % 3, torch.Generator().manual_seed(seed))
+        layer.bank.set(0, [random_update(ids[:24], ids, (4,) * 4, generator)])
+        first = first or layer.bank.whole_partition(0)
+        if can_be_one_pass(layer.bank, plan) and layer.bank.whole_partition(0) is not first:
+            expected = x @ layer.weights[0].T
+            smoa_delta_reference(expected, x, layer.bank, plan)
+            assert_close(smoa_linear(x, layer.bank, plan), expected)
+            return
+    pytest.fail("the first one stayed")
 
 
 def test_single_pass_refuses_other_partitions_and_long_steps(generator):
-    layer = made(40, (24,), {0: (2, 2), 1: (1, 2, 1), 2: (2, 1)}, torch.float32, generator)
-    weight = SortedLayer(list(layer.weights), layer.bank, 0)
-    plan = planned(layer.bank, [0, 2], TRITON_COST)
-    smoa_linear(torch.zeros(2, 40), weight, layer.bank, plan)
+    layer = whole_layer(40, (24,), 2, torch.float32, generator)
+    rows, cols = random_blocks(24, 2, generator), random_blocks(40, 2, generator)
+    for slot, ranks in {0: (2, 2), 2: (2, 1)}.items():
+        layer.bank.set(slot, [random_update(rows, cols, ranks, generator)])
+    other = random_update(random_blocks(24, 3, generator), random_blocks(40, 3, generator), (1, 2, 1), generator)
+    layer.bank.set(1, [other])
+    smoa_linear(torch.zeros(2, 40), layer.bank, planned(layer.bank, [0, 2], TRITON_COST))
     with pytest.raises(ShapeError, match=r"slot 1 has another partition than the sorted weight in slice 0"):
-        smoa_linear(torch.zeros(2, 40), weight, layer.bank, planned(layer.bank, [0, 1], TRITON_COST))
+        smoa_linear(torch.zeros(2, 40), layer.bank, planned(layer.bank, [0, 1], TRITON_COST))
     with pytest.raises(ShapeError, match=r"at most 16 tokens"):
-        smoa_linear(torch.zeros(17, 40), weight, layer.bank, planned(layer.bank, [0] * 17, TRITON_COST))
+        smoa_linear(torch.zeros(17, 40), layer.bank, planned(layer.bank, [0] * 17, TRITON_COST))

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from smoa_kernels import cost, tuned
+from smoa_kernels.backends.cpp import build
+from smoa_kernels.backends.cpp.backend import CPP_COST, TILES_COST
 from smoa_kernels.cost import (
     ALWAYS_EXPAND,
     ALWAYS_MODULATE,
     ALWAYS_RESIDENT,
-    CPP_COST,
-    TILES_COST,
-    TORCH_COST,
+    DEFAULT_COST,
     CostModel,
 )
 from smoa_kernels.tuned import CostFileError, TunedCost, cost_file, device_name, read_costs, store_costs
@@ -80,7 +80,7 @@ def test_one_way_can_be_forced(always: CostModel, way: str) -> None:
 
 
 def test_defaults_hold_where_nothing_was_measured() -> None:
-    assert cost.cost_model("torch", CPU, torch.bfloat16) is TORCH_COST
+    assert cost.cost_model("torch", CPU, torch.bfloat16) is DEFAULT_COST
     assert cost.cost_model("cpp", CPU, torch.float32) is CPP_COST
     assert read_costs(cost_file()) == []
 
@@ -89,10 +89,10 @@ def test_defaults_hold_where_nothing_was_measured() -> None:
 def test_the_tile_unit_has_constants_of_its_own(
     tiles: bool, expected: CostModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "unavailable_reason", lambda device, dtype: None)
-    monkeypatch.setattr(cost, "uses_tiles", lambda dtype: tiles)
+    monkeypatch.setattr(build, "unavailable_reason", lambda device, dtype: None)
+    monkeypatch.setattr(build, "uses_tiles", lambda dtype: tiles)
     assert cost.default_cost("cpp", CPU, torch.bfloat16) is expected
-    assert cost.default_cost("torch", CPU, torch.bfloat16) is TORCH_COST
+    assert cost.default_cost("torch", CPU, torch.bfloat16) is DEFAULT_COST
 
 
 def test_measured_constants_come_back() -> None:
@@ -106,7 +106,7 @@ def test_measured_constants_come_back() -> None:
 @pytest.mark.parametrize("other", [{"device": "another"}, {"dtype": "float16"}, {"threads": 77}])
 def test_constants_of_another_setup_are_not_taken(other: dict[str, object]) -> None:
     store_costs(cost_file(), [entry(**other)])
-    assert cost.cost_model("torch", CPU, torch.bfloat16) is TORCH_COST
+    assert cost.cost_model("torch", CPU, torch.bfloat16) is DEFAULT_COST
 
 
 def test_a_new_measurement_replaces_only_its_own() -> None:
@@ -136,7 +136,7 @@ def test_a_broken_file_is_named_and_the_defaults_hold(
     cost_file().parent.mkdir(parents=True)
     cost_file().write_text(content)
     with caplog.at_level(logging.ERROR, "smoa_kernels"):
-        assert cost.cost_model("torch", CPU, torch.bfloat16) is TORCH_COST
+        assert cost.cost_model("torch", CPU, torch.bfloat16) is DEFAULT_COST
         assert cost.cost_model("cpp", CPU, torch.float32) is CPP_COST
     assert len(caplog.records) == 1
     assert str(cost_file()) in caplog.text

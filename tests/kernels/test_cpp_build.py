@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from smoa_kernels import ImplementationError, available_implementations, cpp_build, smoa_delta
+from smoa_kernels import ImplementationError, available_implementations, smoa_delta
+from smoa_kernels.backends.cpp import build as cpp_build
 from smoa_kernels.plan import StepPlan
 from smoa_kernels.testing import random_layer, random_update
 
@@ -183,7 +184,7 @@ def test_it_runs_with_the_threads_that_torch_was_told():
     """In a process of its own: where a CPU engine of vLLM has run, the number of threads can no longer be set."""
     script = """
 import torch
-from smoa_kernels import cpp_build
+from smoa_kernels.backends.cpp import build as cpp_build
 threads = cpp_build.library(torch.bfloat16).smoa_threads
 for count in (1, 2, 3, 1):
     torch.set_num_threads(count)

@@ -7,9 +7,11 @@ from functools import partial
 import pytest
 import torch
 from smoa_kernels import LayerBank, SliceUpdate, StepPlan, smoa_delta
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CPP_COST, CostModel
-from smoa_kernels.cpp_ops import smoa_delta_cpp
-from smoa_kernels.reference import smoa_delta_reference
+from smoa_kernels.backends.cpp.backend import CPP_COST
+from smoa_kernels.backends.cpp.launch import smoa_delta_cpp
+from smoa_kernels.backends.reference import smoa_delta_reference
+from smoa_kernels.backends.torch import smoa_delta_torch
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
 from smoa_kernels.testing import (
     WORKLOADS,
     assert_close,
@@ -19,7 +21,6 @@ from smoa_kernels.testing import (
     random_update,
     workload,
 )
-from smoa_kernels.torch_ops import smoa_delta_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Op = Callable[[torch.Tensor, torch.Tensor, LayerBank, StepPlan], None]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from smoa_kernels import LayerBank, StepPlan, smoa_delta
-from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, TRITON_COST
+from smoa_kernels.backends.triton.tables import TRITON_COST
+from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE
 from smoa_kernels.testing import WORKLOADS, Layer, assert_close, random_blocks, random_layer, random_update, workload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from smoa_kernels.layout import PANEL_ROWS, PackedBlocks, PlainBlocks
+from smoa_kernels.backends.cpp.packed import PANEL_ROWS, PackedBlocks
+from smoa_kernels.blocks.layout import PlainBlocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan
+from smoa_kernels import LayerBank, ShapeError, SliceUpdate, StepPlan, can_be_one_pass, smoa_linear
+from smoa_kernels.backends.cpp.launch import smoa_delta_cpp, smoa_linear_cpp
 from smoa_kernels.cost import ALWAYS_EXPAND, ALWAYS_MODULATE, ALWAYS_RESIDENT, CostModel
-from smoa_kernels.cpp_ops import one_pass, smoa_delta_cpp, smoa_linear_cpp
 from smoa_kernels.testing import assert_close, cpu_cases, dense_delta, merge_slot, random_blocks, random_update
 from torch import Tensor
 
@@ -135,10 +135,10 @@ def test_a_step_that_comes_again_takes_what_is_new(generator):
     for bias in (layer.bias, None, layer.bias):
         x = torch.randn(5, 64, generator=generator).bfloat16()
         expected = layer.output(slots, x) - (0 if bias is not None else layer.bias.float())
-        assert_close(smoa_linear_cpp(x, layer.bank, plan, bias), expected)
-        assert_close(smoa_linear_cpp(x, layer.bank, same, bias), expected)
+        assert_close(smoa_linear(x, layer.bank, plan, bias), expected)
+        assert_close(smoa_linear(x, layer.bank, same, bias), expected)
     layer.bank.set(2, [None, None])
-    kept = smoa_linear_cpp(x, layer.bank, plan, layer.bias)
+    kept = smoa_linear(x, layer.bank, plan, layer.bias)
     assert_close(kept[1], (x[1].float() @ torch.cat(layer.weights).float().T + layer.bias.float()))
     assert_close(kept[0], expected[0])
 
@@ -152,9 +152,9 @@ def test_steps_that_need_the_base_product_are_refused(slots, merged, generator):
     merge_slot(layer.bank, 0)
     plan = StepPlan(MAX_TOKENS, SLOTS, "cpu")
     plan.update(slots, merged=merged)
-    assert not one_pass(layer.bank, plan)
+    assert not can_be_one_pass(layer.bank, plan)
     with pytest.raises(ShapeError, match="whose slots all share the partition"):
-        smoa_linear_cpp(torch.zeros(2, 32), layer.bank, plan)
+        smoa_linear(torch.zeros(2, 32), layer.bank, plan)
 
 
 @every_fp32
@@ -163,8 +163,8 @@ def test_another_partition_has_blocks_of_its_own_until_the_first_is_gone(generat
     first = layer.bank.whole_partition(0)
     other = random_update(random_blocks(32, 4, generator), random_blocks(32, 4, generator), (1,) * 4, generator)
     layer.bank.set(0, [other])
-    assert not one_pass(layer.bank, planned([0, 1]))
-    assert one_pass(layer.bank, planned([1, 3]))
+    assert not can_be_one_pass(layer.bank, planned([0, 1]))
+    assert can_be_one_pass(layer.bank, planned([1, 3]))
     held = layer.bank.slots[0][0]
     assert held is not None
     assert held.partition.store.nbytes < first.store.nbytes
@@ -190,4 +190,4 @@ def test_a_bank_without_whole_weights_takes_no_single_pass(generator):
     )
     blocks = random_blocks(8, 2, generator)
     bank.set(0, [random_update(blocks, blocks, (1, 1), generator)])
-    assert not one_pass(bank, planned([0]))
+    assert not can_be_one_pass(bank, planned([0]))

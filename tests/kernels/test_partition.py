@@ -1,8 +1,8 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from smoa_kernels.layout import PlainBlocks
-from smoa_kernels.partition import Block, Partition, PartitionCache, is_identity, partition_digest, sort_blocks
+from smoa_kernels.blocks.layout import PlainBlocks
+from smoa_kernels.blocks.partition import Block, Partition, PartitionCache, is_identity, partition_digest, sort_blocks
 from smoa_kernels.testing import random_blocks
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from smoa_kernels import PlanError, StepPlan
-from smoa_kernels.tokens import TokenGroup
+from smoa_kernels.plan import TokenGroup
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from smoa_kernels import StepPlan
-from smoa_kernels.reference import smoa_delta_reference
+from smoa_kernels.backends.reference import smoa_delta_reference
 from smoa_kernels.testing import assert_close, dense_delta, random_blocks, random_layer, random_update
 
 

@@ -5,12 +5,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from smoa_kernels.aligned import AlignedBlocks
-from smoa_kernels.device_tables import MAX_BLOCKS
+from smoa_kernels.backend import Backend
+from smoa_kernels.blocks.fp8 import FP8, dequantized
+from smoa_kernels.blocks.layout import BlockStore
+from smoa_kernels.blocks.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.errors import ShapeError
-from smoa_kernels.implementations import native_fp8
-from smoa_kernels.layout import BlockStore, PackedBlocks, PlainBlocks
-from smoa_kernels.partition import Block, Partition, PartitionCache, partition_digest, sort_blocks
 from smoa_kernels.update import SliceUpdate
 
 # (slice_index, rows int64 [m], cols int64 [n]) -> W[rows][:, cols] of that slice, [m, n] in model dtype on the device.
@@ -18,7 +17,6 @@ from smoa_kernels.update import SliceUpdate
 WeightBlock = Callable[[int, Tensor, Tensor], Tensor]
 # (slice_index, rows int64 [m]) -> fp32 [m].
 RowScale = Callable[[int, Tensor], Tensor]
-FP8 = torch.float8_e4m3fn
 
 
 class PartitionSource:
@@ -34,17 +32,17 @@ class PartitionSource:
         num_slices: int,
         dtype: torch.dtype,
         device: torch.device,
-        implementation: str,
+        backend: Backend,
         weight_block: WeightBlock,
         row_scale: RowScale | None,
         retain: int,
         whole: bool,
     ) -> None:
-        self._dtype, self._device, self._implementation = dtype, device, implementation
+        self._dtype, self._device, self._backend = dtype, device, backend
         self._weight_block, self._row_scale = weight_block, row_scale
         self._caches = tuple(PartitionCache(retain) for _ in range(num_slices))
-        self._keeps_whole = whole and implementation == "cpp"
-        self.fp8 = row_scale is not None and implementation == "triton" and native_fp8(device)
+        self.fp8 = row_scale is not None and backend.reads_fp8(device)
+        self._keeps_whole = whole and backend.keeps_whole and row_scale is None
 
     @property
     def nbytes(self) -> int:
@@ -58,14 +56,13 @@ class PartitionSource:
 
     def whole(self, index: int) -> Partition | None:
         """The partition of a slice whose weight is whole."""
-        held = self._caches[index].held
-        return next((p for p in held if isinstance(p.store, PackedBlocks) and p.store.whole), None)
+        return next((p for p in self._caches[index].held if p.store.whole), None)
 
     def acquire(self, index: int, update: SliceUpdate) -> Partition:
         """The partition of an update of a slice, with one more user.
 
         Raises:
-            ShapeError: it has too many blocks for a GPU, or the weight that is fetched is not what was asked for.
+            ShapeError: it has too many blocks for the backend, or the weight that is fetched is not what was asked for.
         """
         digest = partition_digest(update.row_block, update.col_block)
         return self._caches[index].acquire(digest, lambda: self._build(index, digest, update))
@@ -80,20 +77,14 @@ class PartitionSource:
             cache.forget(owner)
 
     def keep(self, blocks: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> BlockStore:
-        """Blocks as the implementation reads them."""
-        match self._implementation:
-            case "triton":
-                return AlignedBlocks(blocks, self._dtype, scales)
-            case "cpp":
-                return PackedBlocks(blocks)
-            case _:
-                return PlainBlocks(blocks)
+        """Blocks as the backend reads them."""
+        return self._backend.pack(blocks, self._dtype, scales)
 
     def _build(self, index: int, digest: bytes, update: SliceUpdate) -> Partition:
         row_order, col_order, blocks = sort_blocks(update.row_block, update.col_block)
-        if self._implementation == "triton" and len(blocks) > MAX_BLOCKS:
-            reason = f"slice {index}: it has {len(blocks)} blocks; on a GPU at most {MAX_BLOCKS} are allowed."
-            raise ShapeError("the update", [reason])
+        refusal = self._backend.why_not_blocks(len(blocks))
+        if refusal is not None:
+            raise ShapeError("the update", [f"slice {index}: {refusal}"])
         row_order, col_order = row_order.to(self._device), col_order.to(self._device)
         keep = self._whole_weight if self._keeps_whole and self.whole(index) is None else self._blocks
         return Partition(digest, row_order, col_order, blocks, keep(index, row_order, col_order, blocks))
@@ -107,7 +98,7 @@ class PartitionSource:
         scales = [self._row_scale(index, part).float() for part in rows]
         if self.fp8:
             return self.keep(weights, scales)
-        return self.keep([(w.float() * s[:, None]).to(self._dtype) for w, s in zip(weights, scales, strict=True)])
+        return self.keep([dequantized(w, s, self._dtype) for w, s in zip(weights, scales, strict=True)])
 
     def _whole_weight(self, index: int, row_order: Tensor, col_order: Tensor, blocks: Sequence[Block]) -> BlockStore:
         ends = [block.row_end for block in blocks]
@@ -116,7 +107,7 @@ class PartitionSource:
             for start, end in zip([0, *ends], [*ends, len(row_order)], strict=True)
         ]
         inside = [band[:, block.col_start : block.col_end] for band, block in zip(bands, blocks, strict=False)]
-        return PackedBlocks(inside, bands)
+        return self._backend.pack(inside, self._dtype, whole=bands)
 
     def _fetch(self, index: int, rows: Tensor, cols: Tensor) -> Tensor:
         weight = self._weight_block(index, rows, cols)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import Backend
 from smoa_kernels.bank import LayerBank
 from smoa_kernels.plan import StepPlan
 
@@ -44,3 +45,13 @@ def smoa_delta_reference(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) 
                     delta[:, partition.row_order[sorted_rows]] = x_k @ update.T
                 y[tokens[:, None], rows] = (y[tokens[:, None], rows].float() + delta).to(y.dtype)
             offset += h_out
+
+
+class ReferenceBackend(Backend):
+    """Everywhere: what others are compared with."""
+
+    name = "reference"
+    delta = staticmethod(smoa_delta_reference)
+
+
+BACKEND = ReferenceBackend()

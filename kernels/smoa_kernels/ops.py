@@ -1,34 +1,14 @@
-"""The op, and the only chooser of its implementation. An explicit wish never falls back."""
+"""The two ops, on whatever backend the bank was made for. An explicit wish for another never falls back."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import chosen
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.cpp_ops import smoa_delta_cpp
 from smoa_kernels.errors import ShapeError
-from smoa_kernels.implementations import available_implementations, default_implementation, require_implementation
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.reference import smoa_delta_reference
-from smoa_kernels.torch_ops import smoa_delta_torch
-
-__all__ = ["available_implementations", "default_implementation", "smoa_delta"]
-
-Implementation = Callable[[Tensor, Tensor, LayerBank, StepPlan], None]
-
-
-def _smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> None:
-    # Triton is imported where it is used: it is not there on every machine.
-    from smoa_kernels.triton_ops import smoa_delta_triton
-
-    smoa_delta_triton(y, x, bank, plan)
-
-
-IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {"triton": _smoa_delta_triton, "cpp": smoa_delta_cpp, "torch": smoa_delta_torch, "reference": smoa_delta_reference}
-)
 
 
 def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementation: str | None = None) -> None:
@@ -45,14 +25,13 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
         x: [>= T, H_in] model dtype, read only; must not overlap y.
         bank: the layer's adapters and weight blocks.
         plan: the step; T = plan.num_tokens.
-        implementation: "triton", "cpp", "torch" or "reference"; None = the one the bank was made for.
+        implementation: name of a backend; None = the one the bank was made for.
 
     Raises:
         ShapeError: x or y does not fit the bank or the plan, or it says merged and the bank holds nothing merged.
         ImplementationError: the implementation that was asked for does not exist or cannot run here.
     """
-    if implementation is not None:
-        require_implementation(implementation, bank.device, bank.dtype)
+    backend = bank.backend if implementation is None else chosen(bank.device, bank.dtype, implementation)
     if (
         x.dtype is not bank.dtype
         or y.dtype is not bank.dtype
@@ -74,7 +53,55 @@ def smoa_delta(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, implementa
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     for part in (plan, plan.compensation):
         if part is not None and (part.active or capturing):
-            IMPLEMENTATIONS[implementation or bank.implementation](y, x, bank, part)
+            backend.delta(y, x, bank, part)
+
+
+def can_be_one_pass(bank: LayerBank, plan: StepPlan) -> bool:
+    """Whether `smoa_linear` can serve a step.
+
+    Every token has an adapter, as those of the base keep the bits of the base product; each slice's weight is whole, in
+    the partition of all adapters of the step that change the slice; nothing is merged; and the backend agrees.
+    """
+    return bank.memo("one pass", plan.version, lambda: next(_obstacles(bank, plan), None) is None)
+
+
+def _obstacles(bank: LayerBank, plan: StepPlan) -> Iterator[str]:
+    if plan.merged:
+        yield "an adapter is merged; un-merge it first."
+    whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
+    if None in whole:
+        yield "a weight is not kept whole; make the bank with whole=True, for a backend that can."
+    if len(plan.order) < plan.num_tokens:
+        yield "it has tokens without an adapter, which keep the bits of the base product."
+    for group in plan.groups:
+        for index, (entry, own) in enumerate(zip(bank.slots[group.slot], whole, strict=True)):
+            if entry is not None and not entry.idle and entry.partition is not own:
+                yield f"slot {group.slot} has another partition than the sorted weight in slice {index}."
+    yield from bank.backend.linear_reasons(bank, plan)
+
+
+def smoa_linear(x: Tensor, bank: LayerBank, plan: StepPlan, bias: Tensor | None = None) -> Tensor:
+    """The layer's output with the deltas of its tokens' adapters, from one read of the weight.
+
+    Semantics: `y[t] = W x[t] + bias + ` the delta of `smoa_delta`, in fp32.
+
+    Args:
+        x: [T, H_in] model dtype, T = plan.num_tokens; rows may be apart.
+        bank: made with `whole=True`.
+        plan: a step that `can_be_one_pass` holds of.
+        bias: [H_out] of the layer, model dtype.
+
+    Returns:
+        [T, H_out] model dtype, rounded once.
+
+    Raises:
+        ShapeError: the bank cannot serve this step in one pass; lists every reason.
+    """
+    if not can_be_one_pass(bank, plan) or x.shape != (plan.num_tokens, bank.h_in) or x.dtype is not bank.dtype:
+        reason = "it takes the tokens of one plan, unmerged, whose slots all share the partition of the whole weight"
+        reasons = [f"{reason}; x is {tuple(x.shape)} {x.dtype}.", *_obstacles(bank, plan)]
+        raise ShapeError("the single pass", reasons)
+    return bank.backend.linear(x if x.stride(1) == 1 else x.contiguous(), bank, plan, bias)
 
 
 def _reasons(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan) -> list[str]:

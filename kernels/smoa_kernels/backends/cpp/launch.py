@@ -8,12 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smoa_kernels.backends.cpp.build import library
+from smoa_kernels.backends.cpp.packed import PackedBlocks
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.blocks.layout import BlockStore
+from smoa_kernels.blocks.partition import Partition
 from smoa_kernels.cost import CostModel
-from smoa_kernels.cpp_build import library
-from smoa_kernels.errors import ImplementationError, ShapeError
-from smoa_kernels.layout import BlockStore, PackedBlocks
-from smoa_kernels.partition import Partition
+from smoa_kernels.errors import ImplementationError
 from smoa_kernels.plan import StepPlan
 
 
@@ -45,8 +46,8 @@ _REPEATED = 256  # tokens of a step that is kept ready
 class LayerTable:
     """What the kernel reads of a bank: pointers to its storages and partitions, and what each slot holds."""
 
-    def __init__(self, bank: LayerBank, instruction_set: str | None) -> None:
-        self.kernel = _kernel(bank.dtype, instruction_set)
+    def __init__(self, bank: LayerBank) -> None:
+        self.kernel = _kernel(bank.dtype)
         whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
         used = [entry.partition for slot in bank.slots for entry in slot if entry is not None]
         partitions = {p.serial: p for p in (*used, *whole) if p is not None}
@@ -111,8 +112,8 @@ class _Call:
                 scratch = plan.scratch(needed)
 
 
-def _kernel(dtype: torch.dtype, instruction_set: str | None) -> ctypes.CDLL:
-    kernel = library(dtype, instruction_set)
+def _kernel(dtype: torch.dtype) -> ctypes.CDLL:
+    kernel = library(dtype)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     kernel.smoa_new_call.argtypes, kernel.smoa_new_call.restype = [pointer, pointer, size], pointer
     kernel.smoa_delete_call.argtypes, kernel.smoa_delete_call.restype = [pointer], None
@@ -143,94 +144,33 @@ def _packed(store: BlockStore) -> PackedBlocks:
     return store
 
 
-def smoa_delta_cpp(
-    y: Tensor,
-    x: Tensor,
-    bank: LayerBank,
-    plan: StepPlan,
-    cost: CostModel | None = None,
-    instruction_set: str | None = None,
-) -> None:
-    """Adds each token's delta to y.
-
-    Args:
-        y, x, bank, plan: as in `dispatch.smoa_delta`.
-        cost: chooses the way of each adapter group; None = the bank's.
-        instruction_set: one of `cpp_build.INSTRUCTION_SETS`; None = what `cpp_build.library` chooses.
+def smoa_delta_cpp(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel | None = None) -> None:
+    """Adds each token's delta to y. Args as in `ops.smoa_delta`; `cost` chooses the way of each adapter group.
 
     Raises:
         ImplementationError: the kernel cannot be built here, or the bank's blocks are not packed for it.
     """
-    _call(y, x, bank, plan, cost, instruction_set, False, None)
-
-
-def one_pass(bank: LayerBank, plan: StepPlan) -> bool:
-    """Whether `smoa_linear_cpp` can serve a step.
-
-    Every token has an adapter, as those of the base keep the bits of the base product; each slice's weight is whole, in
-    the partition of all adapters of the step that change the slice; and nothing is merged.
-    """
-    return bank.memo("one pass", plan.version, lambda: _one_pass(bank, plan))
-
-
-def _one_pass(bank: LayerBank, plan: StepPlan) -> bool:
-    whole = [bank.whole_partition(index) for index in range(len(bank.slices))]
-    if plan.merged or None in whole or len(plan.order) < plan.num_tokens:
-        return False
-    return all(
-        entry is None or entry.idle or entry.partition is own
-        for group in plan.groups
-        for entry, own in zip(bank.slots[group.slot], whole, strict=True)
-    )
+    _call(y, x, bank, plan, cost, False, None)
 
 
 def smoa_linear_cpp(
-    x: Tensor,
-    bank: LayerBank,
-    plan: StepPlan,
-    bias: Tensor | None = None,
-    cost: CostModel | None = None,
-    instruction_set: str | None = None,
+    x: Tensor, bank: LayerBank, plan: StepPlan, bias: Tensor | None = None, cost: CostModel | None = None
 ) -> Tensor:
-    """The layer's output with the deltas of its tokens' adapters, from one read of the weight.
-
-    Args:
-        x: [T, H_in] model dtype, T = plan.num_tokens; rows may be apart.
-        bank: made with `whole=True`; plan: a step that `one_pass` holds of.
-        bias: [H_out] of the layer, model dtype.
-        cost, instruction_set: as in `smoa_delta_cpp`.
-
-    Returns:
-        [T, H_out] model dtype, rounded once.
-
-    Raises:
-        ShapeError: the bank cannot serve this step in one pass.
-    """
-    if not one_pass(bank, plan) or x.shape != (plan.num_tokens, bank.h_in) or x.dtype is not bank.dtype:
-        reason = "it takes the tokens of one plan, unmerged, whose slots all share the partition of the whole weight"
-        raise ShapeError("the single pass", [f"{reason}; x is {tuple(x.shape)} {x.dtype}."])
+    """The layer's output, deltas included. Args as in `ops.smoa_linear`; cost as in `smoa_delta_cpp`."""
     y = x.new_empty(plan.num_tokens, bank.h_out)
-    _call(y, x if x.stride(1) == 1 else x.contiguous(), bank, plan, cost, instruction_set, True, bias)
+    _call(y, x, bank, plan, cost, True, bias)
     return y
 
 
 def _call(
-    y: Tensor,
-    x: Tensor,
-    bank: LayerBank,
-    plan: StepPlan,
-    cost: CostModel | None,
-    instruction_set: str | None,
-    whole: bool,
-    bias: Tensor | None,
+    y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel | None, whole: bool, bias: Tensor | None
 ) -> None:
     cost = cost or bank.cost
 
     def make() -> _Call:
-        layer = bank.memo(("cpp", instruction_set), 0, lambda: LayerTable(bank, instruction_set))
+        layer = bank.memo("cpp", 0, lambda: LayerTable(bank))
         return _Call(layer, plan.cached(("cpp", cost), lambda: StepTable(plan, cost)), whole)
 
     # Decoding repeats a step; one with more tokens will not come again, and would only be held.
     again = plan.num_tokens <= _REPEATED
-    key = ("call", instruction_set, cost, whole, id(plan))
-    (bank.memo(key, plan.version, make) if again else make()).run(y, x, plan, bias)
+    (bank.memo(("call", cost, whole, id(plan)), plan.version, make) if again else make()).run(y, x, plan, bias)

@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from smoa_kernels.backend import Backend
 from smoa_kernels.bank import LayerBank
+from smoa_kernels.blocks.layout import BlockStore, PlainBlocks
+from smoa_kernels.blocks.partition import Partition
 from smoa_kernels.cost import CostModel
-from smoa_kernels.layout import BlockStore, PlainBlocks
-from smoa_kernels.partition import Partition
-from smoa_kernels.plan import StepPlan
+from smoa_kernels.plan import StepPlan, TokenGroup, TokenSet
 from smoa_kernels.slots import SlotSlice
-from smoa_kernels.tokens import TokenGroup, TokenSet
 
 Member = tuple[TokenGroup, int]  # an adapter's tokens and its live rank
 
 
 def smoa_delta_torch(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, cost: CostModel | None = None) -> None:
-    """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; `cost` chooses the way of each adapter group."""
+    """Adds each token's delta to y. Args as in `ops.smoa_delta`; `cost` chooses the way of each adapter group."""
     chosen_cost = cost or bank.cost
     ways = bank.memo(
         ("torch", chosen_cost, plan.num_slots),
@@ -167,3 +167,13 @@ def _add_some(y: Tensor, delta: Tensor, columns: Tensor, tokens: TokenSet) -> No
     rows = torch.arange(tokens.rows.start, tokens.rows.stop, device=y.device) if tokens.rows else tokens.index
     place = (rows[:, None] if rows is not None else slice(None), columns)
     y[place] = (y[place] + delta).to(y.dtype)
+
+
+class TorchBackend(Backend):
+    """Everywhere, where nothing faster can."""
+
+    name = "torch"
+    delta = staticmethod(smoa_delta_torch)
+
+
+BACKEND = TorchBackend()

@@ -1,4 +1,4 @@
-"""The delta by the Triton kernels: chooses tile sizes, launches them over a bank's and a plan's device tables."""
+"""The Triton kernels launched over the device tables of a bank and of a plan, with the tile sizes chosen for them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,14 +7,15 @@ import torch
 import triton
 from torch import Tensor
 
-from smoa_kernels.aligned import ALIGNMENT, aligned
+from smoa_kernels.backends.triton.expand import expand_kernel
+from smoa_kernels.backends.triton.rows import add_rows_kernel, prepare_kernel
+from smoa_kernels.backends.triton.single_pass import gather_kernel, single_pass_kernel
+from smoa_kernels.backends.triton.tables import LayerTables, StepTables
+from smoa_kernels.backends.triton.tile import tile_kernel
 from smoa_kernels.bank import LayerBank
-from smoa_kernels.device_tables import MAX_BLOCKS, TILE_TOKENS, LayerTables
+from smoa_kernels.blocks.tables import ALIGNMENT, MAX_BLOCKS, PASS_TOKENS, TILE_TOKENS, aligned
 from smoa_kernels.errors import ShapeError
 from smoa_kernels.plan import StepPlan
-from smoa_kernels.triton_expand import expand_kernel
-from smoa_kernels.triton_rows import add_rows_kernel, prepare_kernel
-from smoa_kernels.triton_tile import tile_kernel
 
 # Rows that are prepared at a time: bounds the scratch memory of a long prefill.
 CHUNK_ROWS = 2048
@@ -60,6 +61,17 @@ def tile_launch(max_rank: int, wide: bool) -> Launch:
     return Launch({"BT": TILE_TOKENS, "BR": ranks, "BI": 64, "BJ": 64}, num_warps=4, num_stages=3)
 
 
+@cache
+def single_pass_launch(ranks: int, wide: bool) -> Launch:
+    """Tile sizes of `single_pass_kernel`: all ranks of all tokens in one tile, so that no weight is read twice.
+
+    Args:
+        ranks: of the slots, a power of two; wide: four-byte elements.
+    """
+    tile = {"BT": PASS_TOKENS, "BI": 16 if wide else 32, "BJ": 32 if wide else 64}
+    return Launch(tile, num_warps=8 if ranks > 8 else 4, num_stages=3)
+
+
 def rows_per_token(max_rank: int) -> int:
     """Rows that expanding takes per token: the ranks of the slots, in whole chunks of the kernel."""
     chunk = min(int(triton.next_power_of_2(max_rank)), 16)
@@ -83,15 +95,13 @@ def warm_up(bank: LayerBank, plan: StepPlan) -> None:
 
 
 def smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, everything: bool = False) -> None:
-    """Adds each token's delta to y. Args as in `dispatch.smoa_delta`; the plan's tables say which way each token goes.
+    """Adds each token's delta to y. Args as in `ops.smoa_delta`; the plan's tables say which way each token goes.
 
     Args:
         everything: launch all kernels for as many tokens as x has rows, whatever the plan holds now: what a CUDA graph
             has to capture, and does.
     """
-    if bank.tables is None:
-        raise ShapeError("the bank", ["it was not made for the Triton kernels; make it with implementation='triton'."])
-    step = plan.tables
+    layer, step = _tables(bank), plan.attached(StepTables)
     everything = everything or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     if everything and x.shape[0] > CHUNK_ROWS:
         raise ShapeError(
@@ -100,14 +110,21 @@ def smoa_delta_triton(y: Tensor, x: Tensor, bank: LayerBank, plan: StepPlan, eve
     tokens = x.shape[0] if everything else step.num_expand
     together = max(1, CHUNK_ROWS // rows_per_token(bank.max_rank))
     for base in range(0, tokens, together):
-        _expand(y, x, bank, bank.tables, plan, base, min(together, tokens - base))
+        _expand(y, x, bank, layer, plan, base, min(together, tokens - base))
     for tiles, base, count in step.whole(x.shape[0]) if everything else step.chunks(CHUNK_ROWS):
-        _tiles(y, x, bank, bank.tables, plan, tiles, base, count)
+        _tiles(y, x, bank, layer, plan, tiles, base, count)
+
+
+def _tables(bank: LayerBank) -> LayerTables:
+    if not isinstance(bank.attached, LayerTables):
+        raise ShapeError("the bank", ["it was not made for the Triton kernels; make it with implementation='triton'."])
+    return bank.attached
 
 
 def _expand(y: Tensor, x: Tensor, bank: LayerBank, layer: LayerTables, plan: StepPlan, base: int, tokens: int) -> None:
     """The tokens from `base` on: their rows are prepared, then multiplied with the blocks and added to y."""
-    step, ranks, number = plan.tables, rows_per_token(bank.max_rank), plan.tables.counts[:1]
+    step, ranks = plan.attached(StepTables), rows_per_token(bank.max_rank)
+    number = step.counts[:1]
     rows = _scratch(bank, plan, tokens * ranks)[0]
     _prepare(rows, x, bank, layer, plan, step.expand, number, base, ranks)
     launch = expand_launch(bank.max_rank, bank.dtype.itemsize == 4)
@@ -124,7 +141,8 @@ def _tiles(
 ) -> None:
     """Some tiles, whose tokens stand at `count` positions from `base` on: prepared rows, products in sorted rows, and
     those onto y."""
-    step, number = plan.tables, plan.tables.counts[2:3]
+    step = plan.attached(StepTables)
+    number = step.counts[2:3]
     rows, delta = _scratch(bank, plan, count)
     _prepare(rows, x, bank, layer, plan, step.tiled, number, base, 0)
     launch = tile_launch(bank.max_rank, bank.dtype.itemsize == 4)
@@ -163,5 +181,30 @@ def _padded(bank: LayerBank) -> int:
 
 
 def _row_tiles(bank: LayerBank, rows: int) -> int:
-    """Tiles of rows that every partition fits into, over all slices; `_locate_slice` counts the same way."""
+    """Tiles of rows that every partition fits into, over all slices; `common.locate_slice` counts the same way."""
     return sum(triton.cdiv(size, rows) + MAX_BLOCKS for size in bank.slices)
+
+
+def smoa_linear_triton(x: Tensor, bank: LayerBank, plan: StepPlan, bias: Tensor | None = None) -> Tensor:
+    """The layer's output, deltas included. Args as in `ops.smoa_linear`; tokens without an adapter get none."""
+    layer, tokens, slices = _tables(bank), x.shape[0], len(bank.slices)
+    ranks, padded = triton.next_power_of_2(bank.max_rank), _padded(bank) + ALIGNMENT
+    y = x.new_empty(tokens, bank.h_out)
+    size = slices * tokens * padded
+    memory = plan.scratch((1 + ranks) * size * x.itemsize)[: (1 + ranks) * size * x.itemsize].view(x.dtype)
+    rows = memory[:size].view(slices, tokens, padded)
+    expanded = memory[size:].view(slices, tokens * ranks, padded)
+    number, copies = layer.numbers[tokens : tokens + 1], triton.cdiv(padded, COPY_TILE)
+    gather_kernel[(copies, tokens, slices)](
+        rows, x, layer.sorted, rows.stride(1), rows.stride(0), x.stride(0), BJ=COPY_TILE
+    )
+    _prepare(expanded, x, bank, layer, plan, layer.numbers, number, 0, ranks)
+    launch = single_pass_launch(ranks, x.itemsize == 4)
+    tiles = sum(triton.cdiv(size, launch.tile["BI"]) + MAX_BLOCKS + 1 for size in bank.slices)
+    single_pass_kernel[(tiles,)](
+        y, y if bias is None else bias, rows, expanded, layer.sorted, layer.slices, layer.slots, layer.numbers,
+        plan.token_to_slot, number, y.stride(0), rows.stride(1), rows.stride(0), expanded.stride(1), expanded.stride(0),
+        bank.max_rank, len(bank.slots), SLICES=slices, MAX_BLOCKS=MAX_BLOCKS + 1, BIAS=bias is not None, RANKS=ranks,
+        **launch.options(),
+    )  # fmt: skip
+    return y

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from smoa_kernels.triton_common import (
+from smoa_kernels.backends.triton.common import (
     ALIGNMENT,
     BLOCK_COLS,
     BLOCK_FIELDS,

@@ -1,35 +1,41 @@
 """What the Triton kernels share: the tables that launches read, and products with one block.
 
 Everything that changes from step to step or when a slot is filled is read from memory that stays where it is, so a CUDA
-graph that was captured once serves every later mix of adapters. Launchers are in `triton_ops`.
+graph that was captured once serves every later mix of adapters. Launchers are in `launch`.
 """
 
 import triton
 import triton.language as tl
 
-# Fields of the tables that `device_tables` writes; constants of a kernel have to be constexpr.
-SLICE_FIELDS = tl.constexpr(4)
-SLICE_A, SLICE_B, SLICE_H_OUT, SLICE_OFFSET = (tl.constexpr(i) for i in range(4))
-SLOT_FIELDS = tl.constexpr(12)
+from smoa_kernels.blocks import tables
+from smoa_kernels.blocks.tables import BlockRow, SliceRow, SlotRow, SortedRow, TileRow
+
+
+def _fields(row: type, names: str) -> tuple[tl.constexpr, ...]:
+    assert names.split() == list(row._fields), f"{row.__name__} has other fields"
+    return tuple(tl.constexpr(i) for i in range(len(row._fields)))
+
+
+# Constants of a kernel have to be constexpr.
+SLICE_FIELDS, SLOT_FIELDS, BLOCK_FIELDS, TILE_FIELDS, SORTED_FIELDS = (
+    tl.constexpr(len(row._fields)) for row in (SliceRow, SlotRow, BlockRow, TileRow, SortedRow)
+)
+SLICE_A, SLICE_B, SLICE_H_OUT, SLICE_OFFSET = _fields(SliceRow, "a b h_out offset")
 (
-    SLOT_PARTITION,
-    SLOT_RANK,
-    SLOT_WEIGHTS,
-    SLOT_TABLE,
-    SLOT_BLOCKS,
-    SLOT_COLUMNS,
-    SLOT_PADDED_COLS,
-    SLOT_ROW_ORDER,
-    SLOT_ROW_INVERSE,
-    SLOT_LIVE_ROWS,
-    SLOT_RESIDENT,
-    SLOT_SCALES,
-) = (tl.constexpr(i) for i in range(12))
-BLOCK_FIELDS = tl.constexpr(6)
-BLOCK_ROW, BLOCK_ROWS, BLOCK_COL, BLOCK_COLS, BLOCK_PADDED_COL, BLOCK_ELEMENT = (tl.constexpr(i) for i in range(6))
-TILE_FIELDS = tl.constexpr(3)
-TILE_SLOT, TILE_START, TILE_COUNT = (tl.constexpr(i) for i in range(3))
-ALIGNMENT = tl.constexpr(16)
+    SLOT_PARTITION, SLOT_RANK, SLOT_WEIGHTS, SLOT_TABLE, SLOT_BLOCKS, SLOT_COLUMNS, SLOT_PADDED_COLS, SLOT_ROW_ORDER,
+    SLOT_ROW_INVERSE, SLOT_LIVE_ROWS, SLOT_RESIDENT, SLOT_SCALES,
+) = _fields(
+    SlotRow,
+    "partition rank weights table blocks columns padded_cols row_order row_inverse live_rows resident scales",
+)  # fmt: skip
+BLOCK_ROW, BLOCK_ROWS, BLOCK_COL, BLOCK_COLS, BLOCK_PADDED_COL, BLOCK_ELEMENT = _fields(
+    BlockRow, "row rows col cols padded_col element"
+)
+TILE_SLOT, TILE_START, TILE_TOKENS = _fields(TileRow, "slot start tokens")
+SORTED_WEIGHTS, SORTED_STRIDE, SORTED_COLUMNS, SORTED_ROW_ORDER, SORTED_TABLE, SORTED_BLOCKS = _fields(
+    SortedRow, "weights stride columns row_order table blocks"
+)
+ALIGNMENT = tl.constexpr(tables.ALIGNMENT)
 NO_PARTITION = tl.constexpr(2**62)
 
 

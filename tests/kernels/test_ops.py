@@ -9,9 +9,9 @@ from smoa_kernels import (
     StepPlan,
     available_implementations,
     default_implementation,
-    dispatch,
     smoa_delta,
 )
+from smoa_kernels.backends.reference import ReferenceBackend
 from smoa_kernels.testing import random_layer
 
 
@@ -48,17 +48,17 @@ def test_an_unknown_implementation_is_refused_with_what_is_available(bank, plan)
 
 def test_an_explicit_wish_is_what_runs(bank, plan, monkeypatch):
     called = Mock()
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {"reference": called})
+    monkeypatch.setattr(ReferenceBackend, "delta", called)
     smoa_delta(torch.zeros(3, 8), torch.zeros(3, 8), bank, plan, implementation="reference")
     called.assert_called_once()
 
 
 def test_nothing_runs_when_no_token_has_an_adapter(bank, plan, monkeypatch):
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {})
+    monkeypatch.setattr(bank, "backend", None)
     plan.update([-1, -1])
     y = torch.randn(3, 8)
     before = y.clone()
-    # With no implementation to look up, running one would be a KeyError.
+    # With no backend, running one would be an AttributeError.
     smoa_delta(y, torch.zeros(3, 8), bank, plan)
     assert torch.equal(y, before)
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from smoa_kernels.triton_common import (
+from smoa_kernels.backends.triton.common import (
     ALIGNMENT,
     BLOCK_COL,
     BLOCK_COLS,
@@ -23,10 +23,10 @@ from smoa_kernels.triton_common import (
     SLOT_RANK,
     SLOT_RESIDENT,
     SLOT_TABLE,
-    TILE_COUNT,
     TILE_FIELDS,
     TILE_SLOT,
     TILE_START,
+    TILE_TOKENS,
     block_weights,
     dot,
     locate_block,
@@ -138,6 +138,6 @@ def tile_kernel(
             _tile_block(
                 delta + tl.load(fields + SLICE_OFFSET) + start * delta_stride,
                 rows + index * slice_stride + start * row_stride, at, fields, slot, tile,
-                tl.load(tiles + t * TILE_FIELDS + TILE_COUNT), delta_stride, row_stride, h_in, max_rank, FP8, BT, BR,
+                tl.load(tiles + t * TILE_FIELDS + TILE_TOKENS), delta_stride, row_stride, h_in, max_rank, FP8, BT, BR,
                 BI, BJ,
             )  # fmt: skip

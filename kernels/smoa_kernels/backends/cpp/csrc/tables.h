@@ -1,4 +1,4 @@
-// What Python hands over (see cpp_ops.py): the tables of a layer and of a step. Every field is 64 bits wide.
+// What Python hands over (see launch.py): the tables of a layer and of a step. Every field is 64 bits wide.
 #pragma once
 
 #include "scheme.h"

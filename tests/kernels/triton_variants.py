@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from smoa_kernels.backends.triton.expand import expand_kernel
+from smoa_kernels.backends.triton.launch import (
+    COPY_TILE,
+    expand_launch,
+    rows_per_token,
+    single_pass_launch,
+    tile_launch,
+)
+from smoa_kernels.backends.triton.rows import add_rows_kernel, prepare_kernel
+from smoa_kernels.backends.triton.single_pass import gather_kernel, single_pass_kernel
+from smoa_kernels.backends.triton.tile import tile_kernel
+from smoa_kernels.blocks.tables import MAX_BLOCKS
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoa_kernels.device_tables import MAX_BLOCKS
-from smoa_kernels.single_pass import single_pass_launch
-from smoa_kernels.triton_expand import expand_kernel
-from smoa_kernels.triton_ops import COPY_TILE, expand_launch, rows_per_token, tile_launch
-from smoa_kernels.triton_rows import add_rows_kernel, prepare_kernel
-from smoa_kernels.triton_single_pass import gather_kernel, single_pass_kernel
-from smoa_kernels.triton_tile import tile_kernel
-
 # Arguments by name. Pointers and strides are multiples of 16, as those of the launchers are for such layers.
-MODEL_DTYPE = ("y", "x", "rows", "delta", "expanded")
-INT64_TABLES = ("slices", "slots", "sorted_layer")
+MODEL_DTYPE = ("y", "x", "bias", "rows", "delta", "expanded")
+INT64_TABLES = ("slices", "slots", "sorted_rows")
 INT32_TABLES = ("order", "token_to_slot", "number", "tiles")
 STRIDES = ("y_stride", "x_stride", "row_stride", "slice_stride", "delta_stride", "expanded_stride",
            "expanded_slice_stride", "h_in")  # fmt: skip
@@ -94,12 +98,11 @@ def _delta_variants(dtype: str, max_rank: int, slices: int, fp8: bool) -> Iterat
 
 
 def _single_pass_variant(dtype: str, max_rank: int, slices: int) -> Variant:
-    options = dict(single_pass_launch(triton.next_power_of_2(max_rank), dtype == "fp32"))
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
     ranks = triton.next_power_of_2(max_rank)
-    constants = {"SLICES": slices, "MAX_BLOCKS": MAX_BLOCKS + 1, "RANKS": ranks, **options}
+    launch = single_pass_launch(ranks, dtype == "fp32")
+    constants = {"SLICES": slices, "MAX_BLOCKS": MAX_BLOCKS + 1, "BIAS": True, "RANKS": ranks, **launch.tile}
     name = f"single_pass-{dtype}-rank{max_rank}-slices{slices}"
-    return Variant(name, single_pass_kernel, dtype, constants, warps, stages)
+    return Variant(name, single_pass_kernel, dtype, constants, launch.num_warps, launch.num_stages)
 
 
 def compile_variant(variant: Variant, capability: int) -> Resources:

@@ -9,7 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from smoa_kernels.layout import BlockStore
+from smoa_kernels.blocks.layout import BlockStore
 
 
 @dataclass(frozen=True)

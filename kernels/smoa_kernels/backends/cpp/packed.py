@@ -1,7 +1,6 @@
-"""How a partition keeps its blocks of the base weight: as they are, or packed for the C++ kernel."""
+"""Blocks of the base weight as the C++ kernel reads them."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,39 +11,6 @@ from torch import Tensor
 PANEL_ROWS = 16
 # Columns of bfloat16 in a tile of the tile unit (kAmxColumns in csrc/amx.h).
 TILE_COLUMNS = 32
-
-
-class BlockStore(Protocol):
-    """The weight blocks of one partition."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-
-    def block(self, k: int) -> Tensor:
-        """Block k as a plain [m_k, n_k] tensor in model dtype."""
-
-
-class PlainBlocks:
-    """Blocks as [m_k, n_k] tensors; equal-sized ones are views of one `stacked` [K, m, n] for a batched GEMM."""
-
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
-        self.stacked: Tensor | None = None
-        self.blocks = list(blocks)
-        if len(self.blocks) == 1:
-            self.stacked = self.blocks[0].unsqueeze(0)  # a view: a K = 1 weight is never copied
-        elif self.blocks and len({block.shape for block in self.blocks}) == 1:
-            self.stacked = torch.stack(self.blocks)
-            self.blocks = list(self.stacked.unbind(0))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(block.nbytes for block in self.blocks)
-
-    def block(self, k: int) -> Tensor:
-        """Block k as a plain [m_k, n_k] tensor in model dtype."""
-        return self.blocks[k]
 
 
 class PackedBlocks:

@@ -1,0 +1,1 @@
+"""What computes deltas: one file or folder each."""

@@ -1,0 +1,1 @@
+"""Partitions of a layer and the blocks of its weight between them."""
