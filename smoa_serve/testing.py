@@ -66,7 +66,7 @@ def random_base(
         model_type: of a causal language model that transformers knows.
         seed: of the weights, which are Gaussian with variance 1 / H_in.
         dtype: of the stored weights.
-        tokenizer: with the demo's tokenizer of 1024 tokens and its chat template; without, give `vocab_size`.
+        tokenizer: with the demo's tokenizer and chat template; without, give `vocab_size`.
         config: what the model's configuration is given on top of `TINY_SIZES` and `TINY_HEADS`.
 
     Returns:
@@ -75,13 +75,13 @@ def random_base(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    words: dict[str, Any] = {}
+    settings = AutoConfig.for_model(model_type, **(TINY_SIZES | TINY_HEADS | {"bos_token_id": None} | config))
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(__file__).parent / "demo" / "weights" / "base" / name, folder)
+        settings.save_pretrained(folder)  # some families read every tokenizer as theirs, and add tokens to it
         read = AutoTokenizer.from_pretrained(folder)
-        words = {"vocab_size": len(read), "pad_token_id": read.pad_token_id, "eos_token_id": read.eos_token_id}
-    settings = AutoConfig.for_model(model_type, **(TINY_SIZES | TINY_HEADS | words | {"bos_token_id": None} | config))
+        settings.update({"vocab_size": len(read), "pad_token_id": read.pad_token_id, "eos_token_id": read.eos_token_id})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
