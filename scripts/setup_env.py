@@ -193,7 +193,8 @@ def fail(what: str, log: Log) -> None:
 
 def where(venv: Path) -> str:
     """How the command is found."""
-    shown = os.path.relpath(venv)
+    near = os.path.relpath(venv)
+    shown = str(venv) if near.startswith("..") else near
     return f"the command is {shown}/bin/smoa-serve; for smoa-serve alone: source {shown}/bin/activate"
 
 
