@@ -82,12 +82,12 @@ def random_base(
         settings.save_pretrained(folder)  # some families read every tokenizer as theirs, and add tokens to it
         read = AutoTokenizer.from_pretrained(folder)
         settings.update({"vocab_size": len(read), "pad_token_id": read.pad_token_id, "eos_token_id": read.eos_token_id})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(settings)
+    model, generator = AutoModelForCausalLM.from_config(settings), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+                std = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                parameter.normal_(std=std, generator=generator)
     model.to(dtype).save_pretrained(folder)
     return folder
 

@@ -64,6 +64,17 @@ def test_the_same_seed_gives_the_same_numbers_and_blocks_can_be_shared(base: Pat
         assert update.col_block.equal(second.modules[name].col_block)
 
 
+def test_a_base_depends_on_its_seed_alone(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(5)
+    weights = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (base, random_base(tmp_path / "same"), random_base(tmp_path / "other", seed=1))
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_what_cannot_be_made_is_refused_with_what_can(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'dora' is not a valid AdapterKind"):
         random_adapter(tmp_path / "x", base, kind="dora")
