@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,7 +132,7 @@ def random_adapter(
         known = sorted({name.rpartition(".")[2] for name in checkpoint.linear_modules})
         raise ValueError(f"no linear layer of {base} is called {' or '.join(targets)}; it has {', '.join(known)}")
     rank = sum(ranks)
-    branches = tuple(ranks) if kind is AdapterKind.SMOA else (rank,)
+    branches = {"smoa": tuple(ranks)}.get(kind, (rank,))
     scaling = 1.0 if alpha is None else alpha / rank
     own = torch.Generator().manual_seed(seed)
     blocks = own if block_seed is None else torch.Generator().manual_seed(block_seed)
@@ -142,10 +143,9 @@ def random_adapter(
         b *= strength / (scaling * max(branches) ** 0.5)
         ids = row_block.to(torch.int16), col_block.to(torch.int16)
         updates[name] = ModuleUpdate(a.to(dtype), b.to(dtype), *ids, branches, scaling, checkpoint.fingerprint(name))
-    if kind is AdapterKind.LORA:
-        return _write_lora(updates, rank, checkpoint, folder)
-    order = OrderStatus.RECORDED if kind is AdapterKind.SMOA else OrderStatus.NOT_NEEDED
-    return write_portable(Adapter(kind, updates, rank, len(branches), scaling * rank, order), folder)
+    order = {"smoa": OrderStatus.RECORDED}.get(kind, OrderStatus.NOT_NEEDED)
+    adapter = Adapter(kind, updates, rank, len(branches), scaling * rank, order)
+    return {"lora": partial(_write_lora, checkpoint)}.get(kind, write_portable)(adapter, folder)
 
 
 def _factors(
@@ -158,18 +158,17 @@ def _factors(
     return a, b
 
 
-def _write_lora(updates: Mapping[str, ModuleUpdate], rank: int, base: BaseCheckpoint, folder: Path) -> Path:
+def _write_lora(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> Path:
     """The factors as PEFT stores them; b in units of the weight's spread, which LoRA does not multiply by."""
     tensors: dict[str, Tensor] = {}
-    for name, update in updates.items():
+    for name, update in adapter.modules.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = update.a
         tensors[f"base_model.model.{name}.lora_B.weight"] = update.b * float(base.weight(name).float().std())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    alpha = next(iter(updates.values())).scaling * rank
-    targets = sorted({name.rpartition(".")[2] for name in updates})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    targets = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    config = {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}), encoding="utf-8")
     return folder
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ..adapters.model import AdapterKind
 from .prompts import Style
 
+LABELS = {"smoa": "SMoA", "hira": "HiRA", "lora": "LoRA"}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,8 +34,8 @@ class Recipe:
     @property
     def label(self) -> str:
         """For people: "SMoA r=16 K=4"."""
-        display = {AdapterKind.SMOA: f"SMoA r={self.rank} K={self.num_blocks}", AdapterKind.HIRA: f"HiRA r={self.rank}"}
-        return display.get(self.kind, f"LoRA r={self.rank}")
+        blocks = f" K={self.num_blocks}" if self.num_blocks > 1 else ""
+        return f"{LABELS[self.kind]} r={self.rank}{blocks}"
 
 
 RECIPES = (
