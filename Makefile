@@ -28,7 +28,7 @@ demo: setup ## serve the small base and its adapters that ship with the project,
 	@$(PY) -m smoa_serve.demo run $(ARGS)
 
 demo-models: setup ## train the demo's base and adapters anew; ARGS=--ship puts them into the project
-	@$(PY) -m smoa_serve.demo models $(ARGS)
+	@$(PY) -m tools.demo $(ARGS)
 
 serve: setup ## the demo's server, left running until Ctrl-C
 	@$(PY) -m smoa_serve.demo run --keep $(ARGS)
@@ -40,7 +40,7 @@ test-matrix: ## the tests of the engine and of the PEFT method on the other supp
 	@SMOA_VLLM_VERSION=$(MATRIX_VERSION) SMOA_PEFT_VERSION=$(MATRIX_PEFT) $(or $(PYTHON),python3) scripts/setup_env.py --venv $(MATRIX_VENV)
 	@$(MATRIX_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m matrix $(ARGS)
 
-check: setup ## ruff and mypy
+check: setup ## ruff (public docstrings too) and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy

@@ -29,8 +29,8 @@ from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderS
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.base.orders import cache_root
 from smoa_serve.base.spectral import even_ranks
-from smoa_serve.demo.server import ServerProcess, free_port, serve_command
 from smoa_serve.errors import SmoaError
+from smoa_serve.testing import ServerProcess
 
 TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
 KINDS = ("smoa", "smoa", "hira", "lora")
@@ -368,12 +368,11 @@ def _serve(
     every: int,
     console: Console,
 ) -> tuple[list[Sample], Churn]:
-    port = free_port()
     flags = ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     # Pages of the KV cache count once they were used: few blocks, or it would grow for as long as there are fresh ones.
     flags += ["--num-gpu-blocks-override", "64"]
     flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8", "--enable-lora"]
-    command = serve_command(base, ["--adapters-root", str(folder / "adapters"), *flags], port)
+    flags += ["--adapters-root", str(folder / "adapters")]
     environment = ENVIRONMENT | {
         "OMP_NUM_THREADS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for the workers' own accounts
@@ -383,23 +382,24 @@ def _serve(
     samples: list[Sample] = []
     logs = cache_root() / "benchmarks" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with ServerProcess(command, port, logs / "churn.log", environment) as server:
-        server.wait_ready(lambda waited_s, line: None)
-        with httpx.Client(base_url=server.url, timeout=120) as watcher:
+    with (
+        ServerProcess(base, *flags, log_file=logs / "churn.log", environment=environment) as server,
+        httpx.Client(base_url=server.url, timeout=120) as watcher,
+    ):
 
-            def look(done: int) -> None:
-                samples.append(sample(server.pid, watcher, done))
-                if done % (10 * every) < every:
-                    now = samples[-1]
-                    mib = {name: size // 1024 for name, size in now.anon_kib.items()}
-                    console.print(f"{done} operations: {now.total_kib / 1024:.1f} MiB {mib}", highlight=False)
+        def look(done: int) -> None:
+            samples.append(sample(server.process.pid, watcher, done))
+            if done % (10 * every) < every:
+                now = samples[-1]
+                mib = {name: size // 1024 for name, size in now.anon_kib.items()}
+                console.print(f"{done} operations: {now.total_kib / 1024:.1f} MiB {mib}", highlight=False)
 
-            async def churn_on() -> Churn:
-                limits = httpx.Limits(max_connections=WORKERS)
-                async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-                    churn = Churn(client, contents, movable)
-                    await churn.learn()
-                    await churn.run(operations, look, every)
-                    return churn
+        async def churn_on() -> Churn:
+            limits = httpx.Limits(max_connections=WORKERS)
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+                churn = Churn(client, contents, movable)
+                await churn.learn()
+                await churn.run(operations, look, every)
+                return churn
 
-            return samples, asyncio.run(churn_on())
+        return samples, asyncio.run(churn_on())

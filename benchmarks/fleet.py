@@ -13,7 +13,7 @@ from rich.console import Console
 from smoa_serve.base.orders import cache_root
 from smoa_serve.cli.bench import summary
 from smoa_serve.cli.loadgen import Job, LoadResult, make_jobs, run_load
-from smoa_serve.demo.server import ServerProcess, free_port, serve_command
+from smoa_serve.testing import SMOA_SERVE, ServerProcess
 
 SLOT_RANK = 8  # the least --max-lora-rank of vLLM that holds r/K = 4 and LoRA's r = 4
 ENVIRONMENT = {
@@ -47,7 +47,7 @@ class Server:
     flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def command(self, base: Path, port: int) -> list[str]:
+    def process(self, base: Path, log_file: Path, environment: Mapping[str, str]) -> ServerProcess:
         """How it is started."""
         flags = ["--served-model-name", "base", "--max-model-len", "1024", "--no-enable-prefix-caching", *self.flags]
         if on_gpu():
@@ -56,11 +56,11 @@ class Server:
             flags += ["--max-loras", str(len(self.adapters)), "--max-lora-rank", str(SLOT_RANK)]
         if self.plugin:
             given = [part for name, path in self.adapters.items() for part in ("--adapter", f"{name}={path}")]
-            return serve_command(base, [*given, *flags], port)
-        if self.adapters:
+            flags += given
+        elif self.adapters:
             flags += ["--enable-lora", "--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
-        address = ["--host", "127.0.0.1", "--port", str(port)]
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base), *flags, *address]
+        program = SMOA_SERVE if self.plugin else (sys.executable, "-m", "vllm.entrypoints.cli.main")
+        return ServerProcess(base, *flags, program=program, log_file=log_file, environment=environment)
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ def running(base: Path, servers: Sequence[Server], console: Console) -> Iterator
     with ExitStack() as stack:
         processes = {}
         for server in servers:  # all at once: most of a start is imports on one core
-            port = free_port()
             environment = ENVIRONMENT | ({} if server.plugin else STOCK) | dict(server.environment)
             log = logs / f"{base.resolve().parent.name.lstrip('.')}-{server.name.replace(' ', '-')}.log"
-            process = ServerProcess(server.command(base, port), port, log, environment)
-            processes[server.name] = stack.enter_context(process)
+            processes[server.name] = server.process(base, log, environment)
+            processes[server.name].start()
+            stack.callback(processes[server.name].stop)
         for name, process in processes.items():
-            process.wait_ready(lambda waited_s, line: None)
+            process.wait_ready()
             console.print(f"server ready: {name}", highlight=False)
         yield processes
 

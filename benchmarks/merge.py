@@ -19,8 +19,8 @@ from benchmarks.residence import Hot, Place, difference, scores
 from benchmarks.stall import measure_stalls
 from benchmarks.traffic import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Traffic
 from smoa_serve.cli.loadgen import Job, make_jobs
-from smoa_serve.demo.server import ServerProcess
 from smoa_serve.errors import SmoaError
+from smoa_serve.testing import ServerProcess
 
 RANK, NUM_BLOCKS = 16, 4
 LORA_RANK = RANK // NUM_BLOCKS  # equally many parameters

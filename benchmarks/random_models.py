@@ -15,7 +15,7 @@ from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderS
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.base.orders import cache_root
 from smoa_serve.base.spectral import even_ranks
-from smoa_serve.demo.artifacts import STAMP, build_folder
+from tools.demo.artifacts import STAMP, build_folder
 
 BASE_NAME = "benchmark-base"
 

@@ -13,7 +13,7 @@ from benchmarks.dense import delta_bar
 from benchmarks.fleet import Load, Repeat, Server, Variant, figures, measure, running, speeds
 from benchmarks.random_models import QWEN_05B, QWEN_05B_QUICK, random_base, random_lora, random_smoa
 from smoa_serve.cli.bench import summary
-from smoa_serve.demo.models import ensure_models
+from smoa_serve.demo.shipped import ensure_models
 
 CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
 LORA_RANK = 4

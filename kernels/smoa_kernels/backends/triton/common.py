@@ -88,6 +88,7 @@ def weight_tile(weights, stride, i, j, rows, FP8: tl.constexpr, dtype: tl.conste
 
 @triton.jit
 def dot(a, b, acc, dtype: tl.constexpr):
+    """acc + a b; float32 without the rounding to TF32."""
     if dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="ieee")
     return tl.dot(a, b, acc)
