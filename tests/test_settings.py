@@ -12,13 +12,14 @@ from smoa_serve.settings import Settings
 def test_an_empty_environment_allows_nothing() -> None:
     settings = Settings.from_environment({"SMOA_ALLOW_PICKLE": "", "UNRELATED": "1"})
     assert settings == Settings()
-    assert settings.adapter_roots == ()
-    assert not any((settings.allow_pickle, settings.allow_hub, settings.strict_order, settings.required))
+    adapters = settings.adapters
+    assert adapters.adapters_root == ()
+    assert not any((adapters.allow_pickle, adapters.allow_hub, adapters.strict_order, settings.engine.required))
 
 
 def test_roots_are_separated_like_path() -> None:
     value = os.pathsep.join(["/adapters", "", "/more/adapters"])
-    assert Settings.from_environment({"SMOA_ADAPTER_ROOTS": value}).adapter_roots == (
+    assert Settings.from_environment({"SMOA_ADAPTER_ROOTS": value}).adapters.adapters_root == (
         Path("/adapters"),
         Path("/more/adapters"),
     )
@@ -27,8 +28,8 @@ def test_roots_are_separated_like_path() -> None:
 @pytest.mark.parametrize("value", ["1", "true", "yes"])
 def test_switches(value: str) -> None:
     settings = Settings.from_environment({"SMOA_STRICT_ORDER": value, "SMOA_SERVE_REQUIRED": value})
-    assert settings.strict_order
-    assert settings.required
+    assert settings.adapters.strict_order
+    assert settings.engine.required
 
 
 def test_a_bad_value_names_the_variable_and_what_was_found() -> None:

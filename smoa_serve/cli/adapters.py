@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..settings import MergePolicy
+from ..settings import OthersGet
 from .client import ServerClient
 
 UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
@@ -70,16 +70,16 @@ def merge(
     name: NameArgument,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
-    policy: Annotated[
-        MergePolicy, typer.Option("--policy", help="What requests of others get while it is merged.")
-    ] = MergePolicy.COMPENSATE,
+    others_get: Annotated[
+        OthersGet, typer.Option("--others-get", "--policy", help="What requests of others get while it is merged.")
+    ] = OthersGet.COMPENSATE,
     max_lost: Annotated[
         float | None, typer.Option("--max-lost", help="Largest share of an update that rounding may remove.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Ask some prompts before and after, and compare.")] = False,
 ) -> None:
     """Fold an adapter into the base weights: its requests then run as fast as the base's."""
-    options: dict[str, object] = {"policy": policy.value, "check": check}
+    options: dict[str, object] = {"policy": others_get.value, "check": check}
     moved = ServerClient(url, api_key).move(
         name, "merge", options if max_lost is None else options | {"max_lost": max_lost}
     )
