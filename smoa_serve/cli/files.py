@@ -23,6 +23,7 @@ from ..offline.convert import TargetFormat
 from ..offline.convert import convert as convert_adapter
 from ..offline.inspect import AdapterReport, inspect_adapter, verify_adapter
 from ..offline.record import merged_note
+from .running import ExitCode, ending
 
 
 class Dtype(StrEnum):
@@ -35,28 +36,38 @@ class Dtype(StrEnum):
 
 AdapterArgument = Annotated[Path, typer.Argument(help="Adapter folder, Trainer checkpoint or weight file.")]
 BaseOption = Annotated[str, typer.Option("--base", help="Base model: a folder or a hub id.")]
-OptionalBase = Annotated[str | None, typer.Option("--base", help="Base model: a folder or a hub id.")]
+OptionalBase = Annotated[
+    str | None, typer.Option("--base", show_default="none", help="Base model: a folder or a hub id.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="New or empty folder to write.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (weights only).")]
 StrictOrder = Annotated[
     bool, typer.Option("--strict-order", help="Refuse a spectral order that is not fully determined.")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="adapter_config.json to use, e.g. for a Trainer checkpoint.")
+    Path | None,
+    typer.Option(
+        "--config", show_default="the adapter's own", help="adapter_config.json to use, e.g. for a Trainer checkpoint."
+    ),
 ]
-NameOption = Annotated[str | None, typer.Option("--adapter-name", help="Which adapter, where there are several.")]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--adapter-name", show_default="the only one", help="Which adapter, where there are several."),
+]
 TrainedDtype = Annotated[
-    Dtype | None, typer.Option("--trained-dtype", help="The base's dtype at training, if it was not the stored one.")
+    Dtype | None, typer.Option("--trained-dtype", show_default="as stored", help="The base's dtype at training.")
 ]
 CheckDevice = Annotated[str, typer.Option("--check-device", help="Where the float64 check of an order runs.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    app.command("convert")(convert)
-    app.command("inspect")(inspect_command)
-    app.command("verify")(verify)
-    app.command("merge")(merge)
+    example = "smoa-serve convert adapters/mine --base /models/base --out /adapters/mine"
+    app.command("convert", epilog=ending(example))(convert)
+    app.command("inspect", epilog=ending("smoa-serve inspect adapters/mine --base /models/base"))(inspect_command)
+    app.command("verify", epilog=ending("smoa-serve verify adapters/mine --base /models/base"))(verify)
+    example = "smoa-serve merge --base /models/base --adapter adapters/mine --out /models/merged --check"
+    app.command("merge", epilog=ending(example))(merge)
 
 
 def convert(
@@ -112,8 +123,12 @@ def verify(
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
     adapter_name: NameOption = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="The server's --dtype; the base's by default.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", show_default="none", help="Refuse branches of a higher rank.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", show_default="the base's", help="The server's --dtype.")
+    ] = None,
     trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
@@ -137,11 +152,15 @@ def merge(
     base: BaseOption,
     adapter: Annotated[Path, typer.Option("--adapter", help="SMoA, HiRA or plain LoRA adapter.")],
     out: OutOption,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="As stored by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", show_default="as stored", help="Of what is written.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare logits afterwards (needs transformers).")] = False,
     max_lost: Annotated[
         float | None,
-        typer.Option("--max-lost", help="Refuse when rounding removes a larger share of an update."),
+        typer.Option(
+            "--max-lost", show_default="none", help="Refuse when rounding removes a larger share of an update."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Merge also what the base holds already, or what names another base.")
@@ -200,7 +219,7 @@ def _shown_errors() -> Iterator[None]:
         yield
     except SmoaError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
+        raise typer.Exit(ExitCode.ERROR) from error
 
 
 @contextmanager

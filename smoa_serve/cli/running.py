@@ -19,21 +19,19 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-def ending(*examples: str, done: str = "done") -> str:
-    """What stands below a command's options: how it is used, and how it ends.
+EXIT_CODES = {
+    ExitCode.DONE: "done; of `serve`: the server was stopped, or its engine ended",
+    ExitCode.ERROR: "an error, of which the message says how to mend it",
+    ExitCode.USAGE: "a command line that cannot be read",
+    ExitCode.INTERRUPTED: "Ctrl-C",
+}
 
-    Args:
-        examples: command lines.
-        done: when it ends with 0.
-    """
-    codes = {
-        ExitCode.DONE: done,
-        ExitCode.ERROR: "an error that the message says how to mend",
-        ExitCode.USAGE: "a command line that cannot be read",
-        ExitCode.INTERRUPTED: "Ctrl-C",
-    }
+
+def ending(*examples: str) -> str:
+    """What stands below a command's options: how it is used, and how it ends."""
     lines = [f"Example: {example}" for example in examples]
-    return "\n\n".join([*lines, "Exit codes: " + "; ".join(f"{code.value} {why}" for code, why in codes.items())])
+    codes = "; ".join(f"{code.value} {meaning}" for code, meaning in EXIT_CODES.items())
+    return "\n\n".join([*lines, f"Exit codes: {codes.replace('`', '')}"])
 
 
 def run_app(app: typer.Typer) -> None:

@@ -28,14 +28,16 @@ def register(app: typer.Typer) -> None:
     example = ending(
         "smoa-serve serve /models/base --adapters-dir /adapters --port 8000",
         "smoa-serve serve --config server.yaml --auto-merge --dry-run",
-        done="the server was stopped, or its engine ended",
     )
     app.command("serve", context_settings=PASS_THROUGH, options_metavar=USAGE, epilog=example)(serve)
 
 
 def serve(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option("--config", help="Settings as YAML; see configs/.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", show_default="none", help="Settings as YAML; see configs/."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print vLLM's command and environment only.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: print all settings and who set them, as one JSON object.")
@@ -47,8 +49,9 @@ def serve(
     MODEL comes first. Every flag that is not listed here is vLLM's:
     vllm serve --help=all.
 
-    Each flag can also be set as SMOA_<FLAG>, vLLM's as SMOA_SERVE_VLLM_<FLAG>,
-    and in the YAML file. Flags win over the environment, and that over the file.
+    Each flag is a variable, too: --auto-merge is SMOA_AUTO_MERGE, vLLM's --port
+    SMOA_SERVE_VLLM_PORT. And it is a key of the YAML file. A flag wins over a
+    variable, a variable over the file.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     arguments = list(context.args)
@@ -56,7 +59,7 @@ def serve(
         given["model"] = arguments.pop(0)
     if as_json and not dry_run:
         raise ConfigError("--json belongs to --dry-run")
-    _refuse_mistyped(arguments)
+    refuse_mistyped(arguments)
     settings, origins = load_settings(given, os.environ, config)
     command = vllm_command(settings, arguments, os.environ)
     if as_json:
@@ -97,7 +100,7 @@ def _options() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(declared.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _refuse_mistyped(arguments: Sequence[str]) -> None:
+def refuse_mistyped(arguments: Sequence[str]) -> None:
     """vLLM's parser refuses what it does not know, and knows nothing of our flags.
 
     Raises:

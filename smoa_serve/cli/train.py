@@ -7,19 +7,21 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
+from .running import ending
 
 NEEDED = {"peft", "transformers", "accelerate"}
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command("train")(train_command)
+    app.command("train", epilog=ending("smoa-serve train configs/train-smoa.yaml --set adapter.r=16"))(train_command)
 
 
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/train-smoa.yaml.")],
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set adapter.r=16.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", show_default="none", help="Change a setting: --set adapter.r=16."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
 ) -> None:

@@ -110,7 +110,7 @@ class Residence(_Section):
     auto_resident: bool = _setting(True, "Keep hot adapters resident.")
     # On a GPU, --gpu-memory-utilization has to leave it free.
     ladder_mib: int | None = _setting(
-        None, "Memory for both, all workers together, MiB.", "1024 on a CPU, 0 on a GPU", ge=0
+        None, "Memory for what the policy moves, all workers together, MiB.", "1024 on a CPU, 0 on a GPU", ge=0
     )
     others_get: OthersGet = _setting(
         OthersGet.COMPENSATE, "What others get while the policy has merged one.", also="SMOA_MERGE_POLICY"

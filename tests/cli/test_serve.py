@@ -427,6 +427,53 @@ def invoke(*arguments: str) -> str:
     return result.output
 
 
+def test_a_dry_run_as_json_shows_the_whole_tree_and_who_set_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOA_SERVE_VLLM_HF_TOKEN", SECRET)
+    monkeypatch.setenv("SMOA_AUTO_MERGE", "1")
+    output = invoke("base", "--adapters-root", str(tmp_path), "--api-key", SECRET, "--json")
+    assert SECRET not in output
+    shown = json.loads(output)
+    assert shown["settings"]["residence"]["auto-merge"] is True
+    assert shown["settings"]["adapters"]["adapters-root"] == [str(tmp_path)]
+    assert shown["settings"]["engine"]["required"] is True
+    assert shown["settings"]["vllm"] == {"hf-token": "***"}
+    assert shown["from"]["residence.auto-merge"] == "SMOA_AUTO_MERGE"
+    assert shown["from"]["adapters.adapters-root"] == "--adapters-root"
+    assert shown["from"]["store.store-dir"] == "SMOA_STORE_DIR"
+    assert shown["command"][-2:] == ["--api-key", "***"]
+    # What is printed is a settings file.
+    file = tmp_path / "printed.yaml"
+    file.write_text(json.dumps(shown["settings"]))
+    again = load_settings({}, {}, file)[0]
+    assert again.residence.auto_merge is True
+    assert again.adapters.adapters_root == (tmp_path,)
+
+
+def test_json_is_for_a_dry_run() -> None:
+    with pytest.raises(ConfigError, match="--json belongs to --dry-run"):
+        CliRunner().invoke(app, ["serve", "m", "--json"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--automerge", "--auto-merge"),
+        ("--adapters-roots=/x", "--adapters-root"),
+        ("--no-allow-pickel", "--no-allow-pickle"),
+        ("--store_dirs", "--store-dir"),
+    ],
+)
+def test_a_mistyped_flag_of_ours_names_the_nearest(flag: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"is not known; the nearest is {near}$"):
+        CliRunner().invoke(app, ["serve", "m", "--dry-run", flag], catch_exceptions=False)
+
+
+def test_no_flag_of_vllm_is_taken_for_one_of_ours() -> None:
+    vllms = [flag for flag in vllms_flags() if flag.startswith("--")]
+    assert {f"--{declared.name}" for declared in FIELDS.values() if declared.section}.isdisjoint(vllms)
+    serve_command.refuse_mistyped(vllms)
+
+
 def test_the_model_comes_first_and_unknown_flags_are_vllms(make_adapter: MakeAdapter) -> None:
     folder = make_adapter("a", LORA)
     output = invoke("base", "--adapter", f"a={folder}", "--max-model-len", "64", "--enforce-eager", "-tp", "2")
