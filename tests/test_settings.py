@@ -102,6 +102,7 @@ def test_the_tree_counts_more_than_single_variables() -> None:
             '{"residence": {"automerge": 1}}',
             "'residence.automerge' is not known; the nearest is 'residence.auto-merge'",
         ),
+        ('{"_env_file": "x"}', "'-env-file' is not known"),
         ('{"store": {"auto-merge": 1}}', "'store.auto-merge' is not known"),
         ('{"residence": 3}', "settings of SMOA_SETTINGS cannot be used: residence: "),
         ('{"engine": {"one-pass": "perhaps"}}', "engine.one-pass: .*found 'perhaps'"),

@@ -43,7 +43,9 @@ class _Source(PydanticBaseSettingsSource):
                 before = self.tree.get(name, {})
                 self.tree[name] = before | branch if isinstance(before, dict) else before
             elif said is not None:
-                self.tree[name if name in Settings.model_fields else str(key)] = said
+                self.tree[name if name in Settings.model_fields else dashed(str(key))] = (
+                    said  # none of BaseSettings' own
+                )
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         """One branch of the tree as given."""
@@ -145,7 +147,7 @@ def read_yaml(file: Path) -> object:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The most alike of the names that are known."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
 
 
 def _of_environment(environment: Mapping[str, str], *, vllm: bool) -> list[_Source]:
@@ -156,13 +158,16 @@ def _of_environment(environment: Mapping[str, str], *, vllm: bool) -> list[_Sour
         vllm: also SMOA_SERVE_VLLM_<FLAG>, for any flag of vLLM.
 
     Raises:
-        ConfigError: a variable of ours that is not known, or that cannot be read.
+        ConfigError: variables of ours that are not known, or one that cannot be read.
     """
     given = {name: environment[name] for name in sorted(environment) if name.startswith("SMOA_") and environment[name]}
-    for name in given:
-        if name not in _VARIABLES and name not in OTHER_VARIABLES and not name.startswith(FREE_PREFIXES):
-            near = nearest(name, [*_VARIABLES, *OTHER_VARIABLES])
-            raise ConfigError(f"the environment variable {name} is not known; the nearest is {near}")
+    known = {*_VARIABLES, *OTHER_VARIABLES}
+    unknown = [name for name in given if name not in known and not name.startswith(FREE_PREFIXES)]
+    if unknown:
+        reasons = [
+            f"the environment variable {name} is not known; the nearest is {nearest(name, known)}" for name in unknown
+        ]
+        raise ConfigError("; ".join(reasons))
     content: dict[str, object] = {}
     written: dict[str, str] = {}
     for variable, field in _VARIABLES.items():  # of one setting, the variable that counts most comes last

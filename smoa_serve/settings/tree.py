@@ -69,7 +69,9 @@ class Adapters(_Section):
     """Which adapters there are, and what is accepted as one."""
 
     adapter: dict[str, str] = _setting({}, "An adapter served from the start; may be repeated.", "none")
-    adapters_dir: Path | None = _setting(None, "Every sub-folder is an adapter of its name. Also a root.", "none")
+    adapters_dir: Path | None = _setting(
+        None, "Every sub-folder that holds an adapter is one of its name; HTTP may load from there, too.", "none"
+    )
     adapters_root: tuple[Path, ...] = _setting(
         (),
         "Folder that adapters may be loaded from over HTTP; may be repeated.",

@@ -274,8 +274,8 @@ def test_any_variable_is_a_flag_or_refused(variables: dict[str, str]) -> None:
 
 
 @given(
-    st.fixed_dictionaries(
-        {}, optional={f"SMOA_{name}": values for name in ("ALLOW_PICKLE", "LADDER_MIB", "POLICY_INTERVAL_S")}
+    st.dictionaries(
+        st.sampled_from([name for field in FIELDS.values() for name in field.variables]), values, max_size=3
     )
 )
 def test_any_environment_is_read_or_refused_by_its_variable(environment: dict[str, str]) -> None:
@@ -283,7 +283,13 @@ def test_any_environment_is_read_or_refused_by_its_variable(environment: dict[st
     assert error is None or any(name in str(error) for name in environment)
 
 
-@given(st.dictionaries(st.sampled_from([*FIELDS, *Settings.model_fields]), anything, max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from([*FIELDS, *Settings.model_fields, "_env_file", "_build_sources", "automerge"]),
+        anything,
+        max_size=4,
+    )
+)
 @SHARED_FOLDER
 def test_any_settings_file_is_read_or_refused(tmp_path: Path, content: dict[str, object]) -> None:
     file = tmp_path / "x.yaml"
