@@ -77,7 +77,7 @@ def commands(command: Any, path: tuple[str, ...] = (PROGRAM,)) -> Iterator[tuple
 
 def cli_page() -> str:
     """The commands, their arguments and options."""
-    codes = "\n".join(f"| {code.value} | {meaning} |" for code, meaning in EXIT_CODES.items())
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     parts = [CLI_INTRO.format(codes=codes)]
     for path, command in commands(typer.main.get_command(app)):
         parts.append(f"## {' '.join(path)}\n\n{_paragraphs(command.help)}\n")
@@ -160,7 +160,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def default_of(parameter: Any) -> str:
-    """A parameter's default in words; empty where nobody is told."""
+    """A parameter's default in words."""
     if parameter.required:
         return "required"
     if isinstance(parameter.show_default, str):
@@ -168,7 +168,7 @@ def default_of(parameter: Any) -> str:
     if isinstance(parameter.default, bool):
         return "on" if parameter.default else "off"
     default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
-    return "" if default is None else str(default)
+    return "none" if default is None else str(default)
 
 
 def _paragraphs(text: str) -> str:

@@ -16,14 +16,7 @@ from .running import ending
 UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
 KeyOption = Annotated[
     SecretStr | None,
-    typer.Option(
-        "--api-key",
-        envvar="SMOA_API_KEY",
-        parser=SecretStr,
-        metavar="KEY",
-        show_default="none",
-        help="The server's --api-key.",
-    ),
+    typer.Option("--api-key", envvar="SMOA_API_KEY", parser=SecretStr, metavar="KEY", help="The server's --api-key."),
 ]
 NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.")]
 DEFAULT_URL = "http://localhost:8000"
@@ -91,7 +84,7 @@ def merge(
     ] = OthersGet.COMPENSATE,
     max_lost: Annotated[
         float | None,
-        typer.Option("--max-lost", show_default="0.25", help="Largest share of an update that rounding may remove."),
+        typer.Option("--max-lost", show_default="0.25", help="Share of an update that rounding may remove."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Ask some prompts before and after, and compare.")] = False,
 ) -> None:

@@ -24,8 +24,7 @@ def bench(
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     model: Annotated[
-        list[str] | None,
-        typer.Option("--model", show_default="all the server has", help="Ask this model; may be repeated."),
+        list[str] | None, typer.Option("--model", show_default="all it has", help="Ask this model; may be repeated.")
     ] = None,
     streams: Annotated[int, typer.Option("--streams", min=1, help="Concurrent requests.")] = 16,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests in all.")] = 64,

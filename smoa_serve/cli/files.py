@@ -23,7 +23,7 @@ from ..offline.convert import TargetFormat
 from ..offline.convert import convert as convert_adapter
 from ..offline.inspect import AdapterReport, inspect_adapter, verify_adapter
 from ..offline.record import merged_note
-from .running import ExitCode, ending
+from .running import ending
 
 
 class Dtype(StrEnum):
@@ -36,23 +36,17 @@ class Dtype(StrEnum):
 
 AdapterArgument = Annotated[Path, typer.Argument(help="Adapter folder, Trainer checkpoint or weight file.")]
 BaseOption = Annotated[str, typer.Option("--base", help="Base model: a folder or a hub id.")]
-OptionalBase = Annotated[
-    str | None, typer.Option("--base", show_default="none", help="Base model: a folder or a hub id.")
-]
+OptionalBase = Annotated[str | None, typer.Option("--base", help="Base model: a folder or a hub id.")]
 OutOption = Annotated[Path, typer.Option("--out", help="New or empty folder to write.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (weights only).")]
 StrictOrder = Annotated[
     bool, typer.Option("--strict-order", help="Refuse a spectral order that is not fully determined.")
 ]
 ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", show_default="the adapter's own", help="adapter_config.json to use, e.g. for a Trainer checkpoint."
-    ),
+    Path | None, typer.Option("--config", show_default="its own", help="adapter_config.json, for a Trainer checkpoint.")
 ]
 NameOption = Annotated[
-    str | None,
-    typer.Option("--adapter-name", show_default="the only one", help="Which adapter, where there are several."),
+    str | None, typer.Option("--adapter-name", show_default="the only one", help="Which, where there are several.")
 ]
 TrainedDtype = Annotated[
     Dtype | None, typer.Option("--trained-dtype", show_default="as stored", help="The base's dtype at training.")
@@ -123,9 +117,7 @@ def verify(
     strict_order: StrictOrder = False,
     config: ConfigOption = None,
     adapter_name: NameOption = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", show_default="none", help="Refuse branches of a higher rank.")
-    ] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", show_default="the base's", help="The server's --dtype.")
     ] = None,
@@ -158,9 +150,7 @@ def merge(
     check: Annotated[bool, typer.Option("--check", help="Compare logits afterwards (needs transformers).")] = False,
     max_lost: Annotated[
         float | None,
-        typer.Option(
-            "--max-lost", show_default="none", help="Refuse when rounding removes a larger share of an update."
-        ),
+        typer.Option("--max-lost", help="Refuse when rounding removes a larger share of an update."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Merge also what the base holds already, or what names another base.")
@@ -219,7 +209,7 @@ def _shown_errors() -> Iterator[None]:
         yield
     except SmoaError as error:
         Console(stderr=True).print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(ExitCode.ERROR) from error
+        raise typer.Exit(1) from error
 
 
 @contextmanager

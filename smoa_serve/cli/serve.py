@@ -34,10 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     context: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", show_default="none", help="Settings as YAML; see configs/."),
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print vLLM's command and environment only.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: print all settings and who set them, as one JSON object.")

@@ -20,8 +20,7 @@ def register(app: typer.Typer) -> None:
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/train-smoa.yaml.")],
     assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", show_default="none", help="Change a setting: --set adapter.r=16."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set adapter.r=16.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
 ) -> None:

@@ -78,10 +78,8 @@ class _Source(PydanticBaseSettingsSource):
             allowed = [part for declared in FIELDS.values() for part in (dashed(declared.field), declared.key)]
             near = nearest(key, [*SECTIONS, "vllm", *allowed])
             return f"the key {key!r} is not known; the nearest is {near!r}, and vLLM's own flags belong under 'vllm'"
-        hidden = place[0] in (*SECTIONS, "vllm") and len(place) == 1  # a whole branch may hold a key
-        if not hidden:
-            field = FIELDS.get(place[-1] if place[0] == "model" else place[1])
-            hidden = place[1] in SECRET_FLAGS if place[0] == "vllm" else field is not None and field.holds(SecretStr)
+        name = place[min(1, len(place) - 1)]  # a whole branch may hold a key
+        hidden = name in (*SECTIONS, "vllm", *SECRET_FLAGS) or (name in FIELDS and FIELDS[name].holds(SecretStr))
         message, found = str(detail["msg"]).removeprefix("Value error, "), repr(detail["input"])
         if key in self.written:
             return f"{self.written[key]}{'' if hidden else f'={found}'}: {message}"
