@@ -14,6 +14,7 @@ import wrapt
 
 from smoa_serve.engine.host.logs import share_logging
 from smoa_serve.errors import CompatibilityError
+from smoa_serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,12 @@ def register() -> None:
 
     Raises:
         CompatibilityError: vLLM would serve by a program that none of this can enter.
+        ConfigError: a variable SMOA_* that is not known, or a value that cannot be used.
     """
     check_frontend(os.environ)
+    limit = Settings.from_environment().engine.kernels_isa
+    if limit is not None:
+        os.environ["SMOA_KERNELS_ISA"] = limit  # the kernels, which know nothing of serving, read it themselves
     for module, hook in _HOOKS.items():
         if module not in _registered:
             _registered.add(module)

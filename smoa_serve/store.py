@@ -9,7 +9,6 @@ content (order, source) belongs to whoever read it, and is theirs whatever the f
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -26,10 +25,10 @@ from .base.checkpoint import BaseCheckpoint
 from .errors import AdapterError
 from .files.disk import writing
 from .files.json_file import read_json
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-STORE_DIR_ENV = "SMOA_STORE_DIR"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 DEFAULT = LoadOptions()
@@ -60,8 +59,8 @@ class AdapterStore:
     FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
     def __init__(self, root: Path | None = None) -> None:
-        configured = os.environ.get(STORE_DIR_ENV)
-        default = Path(configured) if configured else user_cache_path("smoa-serve", appauthor=False) / "adapters"
+        configured = Settings.from_environment().store.store_dir
+        default = configured or user_cache_path("smoa-serve", appauthor=False) / "adapters"
         self.root = (root or default).expanduser().resolve()
         self._remove_leftovers()
 
@@ -90,7 +89,7 @@ class AdapterStore:
         if self._read_manifest(folder) is not None:
             return staged
         what = f"the private copy of adapter {source!r} in {self.root}"
-        with writing(what, f"set {STORE_DIR_ENV} to another folder"):
+        with writing(what, "set SMOA_STORE_DIR to another folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self._lock(folder.name)):
                 found = self._read_manifest(folder)

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..files.opened import OpenedFile
 from ..files.tensors import all_tensors
+from ..settings import Settings
 from .checkpoint import BaseCheckpoint
 from .spectral import SpectralOrder, spectral_order
 
 logger = logging.getLogger(__name__)
 
-CACHE_DIR_ENV = "SMOA_CACHE_DIR"
 VERSION = 1
 FIELDS = ("rows", "cols", "rows64", "cols64")
 Positions = tuple[Tensor, Tensor]
@@ -33,8 +33,8 @@ Progress = Callable[[str, int, int], None]
 
 def cache_root() -> Path:
     """The folder for everything that can be computed again: $SMOA_CACHE_DIR or the user's cache folder."""
-    configured = os.environ.get(CACHE_DIR_ENV)
-    return Path(configured).expanduser() if configured else user_cache_path("smoa-serve", appauthor=False)
+    configured = Settings.from_environment().store.cache_dir
+    return configured.expanduser() if configured else user_cache_path("smoa-serve", appauthor=False)
 
 
 class OrderCache:
@@ -103,7 +103,7 @@ class OrderCache:
         try:
             self._write(file, orders)
         except (OSError, SafetensorError) as error:
-            logger.warning("The order %s cannot be kept: %s. Free space there, or set %s", file, error, CACHE_DIR_ENV)
+            logger.warning("The order %s cannot be kept: %s. Free space there, or set SMOA_CACHE_DIR", file, error)
 
     def _read(self, file: Path, fields: Sequence[str]) -> Sequence[Tensor] | None:
         if not file.is_file():

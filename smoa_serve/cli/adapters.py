@@ -5,18 +5,27 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from ..settings import MergePolicy
+from ..settings import OthersGet
 from .client import ServerClient
+from .running import ending
 
 UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
-KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="SMOA_API_KEY", help="The server's --api-key.")]
+KeyOption = Annotated[
+    SecretStr | None,
+    typer.Option("--api-key", envvar="SMOA_API_KEY", parser=SecretStr, metavar="KEY", help="The server's --api-key."),
+]
 NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.")]
 DEFAULT_URL = "http://localhost:8000"
 
-app = typer.Typer(no_args_is_help=True, help="List, load, unload and move the adapters of a running server.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List, load, unload and move the adapters of a running server.",
+    epilog=ending("smoa-serve adapters list --url http://localhost:8000"),
+)
 
 
 def register(parent: typer.Typer) -> None:
@@ -24,7 +33,7 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="adapters")
 
 
-@app.command("list")
+@app.command("list", epilog=ending("smoa-serve adapters list --url http://localhost:8000"))
 def list_adapters(
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
@@ -41,7 +50,7 @@ def list_adapters(
     Console().print(_table(found))
 
 
-@app.command("load")
+@app.command("load", epilog=ending("smoa-serve adapters load legal /adapters/legal-v2 --in-place"))
 def load(
     name: Annotated[str, typer.Argument(help="What requests put into 'model'.")],
     path: Annotated[str, typer.Argument(help="On the server, inside one of its --adapters-root folders.")],
@@ -55,7 +64,7 @@ def load(
     typer.echo(ServerClient(url, api_key).load(name, path, in_place=in_place))
 
 
-@app.command("unload")
+@app.command("unload", epilog=ending("smoa-serve adapters unload legal"))
 def unload(
     name: NameArgument,
     url: UrlOption = DEFAULT_URL,
@@ -65,21 +74,22 @@ def unload(
     typer.echo(ServerClient(url, api_key).unload(name))
 
 
-@app.command("merge")
+@app.command("merge", epilog=ending("smoa-serve adapters merge legal --check"))
 def merge(
     name: NameArgument,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
-    policy: Annotated[
-        MergePolicy, typer.Option("--policy", help="What requests of others get while it is merged.")
-    ] = MergePolicy.COMPENSATE,
+    others_get: Annotated[
+        OthersGet, typer.Option("--others-get", "--policy", help="What requests of others get while it is merged.")
+    ] = OthersGet.COMPENSATE,
     max_lost: Annotated[
-        float | None, typer.Option("--max-lost", help="Largest share of an update that rounding may remove.")
+        float | None,
+        typer.Option("--max-lost", show_default="0.25", help="Share of an update that rounding may remove."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Ask some prompts before and after, and compare.")] = False,
 ) -> None:
     """Fold an adapter into the base weights: its requests then run as fast as the base's."""
-    options: dict[str, object] = {"policy": policy.value, "check": check}
+    options: dict[str, object] = {"policy": others_get.value, "check": check}
     moved = ServerClient(url, api_key).move(
         name, "merge", options if max_lost is None else options | {"max_lost": max_lost}
     )
@@ -91,31 +101,31 @@ def merge(
         typer.echo(f"greedy tokens before and after {agree}; largest difference of a logprob {difference:.2g}")
 
 
-@app.command("unmerge")
+@app.command("unmerge", epilog=ending("smoa-serve adapters unmerge legal"))
 def unmerge(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Give the original base weights back, bit for bit."""
     _show(ServerClient(url, api_key).move(name, "unmerge"))
 
 
-@app.command("resident")
+@app.command("resident", epilog=ending("smoa-serve adapters resident legal"))
 def resident(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Keep an adapter's finished update beside the weights: faster than from its factors, and takes memory."""
     _show(ServerClient(url, api_key).move(name, "resident"))
 
 
-@app.command("slot")
+@app.command("slot", epilog=ending("smoa-serve adapters slot legal"))
 def slot(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Back to the factors alone: un-merge, or give the resident memory back."""
     _show(ServerClient(url, api_key).move(name, "slot"))
 
 
-@app.command("pin")
+@app.command("pin", epilog=ending("smoa-serve adapters pin legal"))
 def pin(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Leave an adapter where it resides, whatever the automatic policy finds."""
     _show(ServerClient(url, api_key).move(name, "pin"))
 
 
-@app.command("unpin")
+@app.command("unpin", epilog=ending("smoa-serve adapters unpin legal"))
 def unpin(name: NameArgument, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Let the automatic policy move an adapter again."""
     _show(ServerClient(url, api_key).move(name, "unpin"))

@@ -4,11 +4,12 @@ import typer
 
 from ..demo import run as demo
 from . import adapters, bench, files, serve, train, version
-from .running import run_app
+from .running import ending, run_app
 
 app = typer.Typer(
     name="smoa-serve",
     help="Serve one base model with many SMoA, HiRA and LoRA adapters through vLLM.",
+    epilog=ending("smoa-serve serve /models/base --adapters-dir /adapters"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

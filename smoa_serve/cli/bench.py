@@ -12,23 +12,24 @@ from rich.table import Table
 from .adapters import DEFAULT_URL, KeyOption, UrlOption
 from .client import ServerClient
 from .loadgen import LoadResult, Sample, make_jobs, percentile, run_load
+from .running import ending
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command("bench")(bench)
+    app.command("bench", epilog=ending("smoa-serve bench --url http://localhost:8000 --streams 16"))(bench)
 
 
 def bench(
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="Ask this model; may be repeated. Default: all the server has.")
+        list[str] | None, typer.Option("--model", show_default="all it has", help="Ask this model; may be repeated.")
     ] = None,
     streams: Annotated[int, typer.Option("--streams", min=1, help="Concurrent requests.")] = 16,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests in all.")] = 64,
-    input_tokens: Annotated[int, typer.Option("--input-tokens", min=1)] = 128,
-    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1)] = 64,
+    input_tokens: Annotated[int, typer.Option("--input-tokens", min=1, help="Tokens of each prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Tokens of each answer.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure tokens/s, time to first token and time per token of a running server, model by model.
@@ -37,11 +38,12 @@ def bench(
     python -m benchmarks; vLLM's vllm bench serve works against the same server.
     """
     client = ServerClient(url, api_key)
+    key = api_key.get_secret_value() if api_key else None
     models = list(model or [entry["id"] for entry in client.models()])
     # One request each before the clock runs: adapters come into their slots.
-    asyncio.run(run_load(client.url, make_jobs(models, len(models), 8, 2), streams, api_key))
+    asyncio.run(run_load(client.url, make_jobs(models, len(models), 8, 2), streams, key))
     jobs = make_jobs(models, requests, input_tokens, output_tokens, seed=1)
-    result = asyncio.run(run_load(client.url, jobs, streams, api_key))
+    result = asyncio.run(run_load(client.url, jobs, streams, key))
     if as_json:
         typer.echo(json.dumps(_report(models, result), indent=2))
         return

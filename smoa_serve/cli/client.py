@@ -3,6 +3,7 @@
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from ..errors import SmoaError
 
@@ -22,9 +23,9 @@ class ServerClient:
         api_key: what the server was started with.
     """
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: SecretStr | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S)
 
     def adapters(self) -> list[dict[str, Any]]:

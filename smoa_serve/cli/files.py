@@ -23,6 +23,7 @@ from ..offline.convert import TargetFormat
 from ..offline.convert import convert as convert_adapter
 from ..offline.inspect import AdapterReport, inspect_adapter
 from ..offline.record import merged_note
+from .running import ending
 
 
 class Dtype(StrEnum):
@@ -42,21 +43,25 @@ StrictOrder = Annotated[
     bool, typer.Option("--strict-order", help="Refuse a spectral order that is not fully determined.")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="adapter_config.json to use, e.g. for a Trainer checkpoint.")
+    Path | None, typer.Option("--config", show_default="its own", help="adapter_config.json, for a Trainer checkpoint.")
 ]
-NameOption = Annotated[str | None, typer.Option("--adapter-name", help="Which adapter, where there are several.")]
+NameOption = Annotated[
+    str | None, typer.Option("--adapter-name", show_default="the only one", help="Which, where there are several.")
+]
 TrainedDtype = Annotated[
-    Dtype | None, typer.Option("--trained-dtype", help="The base's dtype at training, if it was not the stored one.")
+    Dtype | None, typer.Option("--trained-dtype", show_default="as stored", help="The base's dtype at training.")
 ]
 CheckDevice = Annotated[str, typer.Option("--check-device", help="Where the float64 check of an order runs.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    app.command("convert")(convert)
-    app.command("inspect")(inspect_command)
-    app.command("verify")(verify)
-    app.command("merge")(merge)
+    example = "smoa-serve convert adapters/mine --base /models/base --out /adapters/mine"
+    app.command("convert", epilog=ending(example))(convert)
+    app.command("inspect", epilog=ending("smoa-serve inspect adapters/mine --base /models/base"))(inspect_command)
+    app.command("verify", epilog=ending("smoa-serve verify adapters/mine --base /models/base"))(verify)
+    example = "smoa-serve merge --base /models/base --adapter adapters/mine --out /models/merged --check"
+    app.command("merge", epilog=ending(example))(merge)
 
 
 def convert(
@@ -113,7 +118,9 @@ def verify(
     config: ConfigOption = None,
     adapter_name: NameOption = None,
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Refuse branches of a higher rank.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="The server's --dtype; the base's by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", show_default="the base's", help="The server's --dtype.")
+    ] = None,
     trained_dtype: TrainedDtype = None,
     check_device: CheckDevice = "cpu",
 ) -> None:
@@ -137,7 +144,9 @@ def merge(
     base: BaseOption,
     adapter: Annotated[Path, typer.Option("--adapter", help="SMoA, HiRA or plain LoRA adapter.")],
     out: OutOption,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="As stored by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", show_default="as stored", help="Of what is written.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare logits afterwards (needs transformers).")] = False,
     max_lost: Annotated[
         float | None,

@@ -3,20 +3,22 @@
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from pydantic import SecretStr
 
 from ..adapters import LoadOptions
 from ..errors import ConfigError
 from ..plugin import check_frontend
 from ..registry.revisions import name_reason
-from ..settings import Settings
+from ..settings import TREE_VARIABLE, Settings
+from ..settings.tree import Adapters
+from ..settings.vllm_flags import FlagValue, as_arguments, flag_names, masked, revealed
 from .adapter_limits import adapters_in, default_limits
-from .serve_settings import FlagValue, ServeSettings, flag_names, masked
 
 PLUGIN = "smoa_serve"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # the only group that vLLM leaves out unless VLLM_PLUGINS names it
@@ -32,19 +34,24 @@ class VllmCommand:
     Attributes:
         argv: beginning with "vllm", "serve", the model.
         environment: variables to set.
+        settings: what is served by, as vLLM's processes get it.
     """
 
-    argv: list[str]
-    environment: dict[str, str]
+    argv: list[str] = field(repr=False)
+    environment: dict[str, str] = field(repr=False)
+    settings: Settings
 
     def shown(self) -> str:
         """For a shell, a line per variable and one for the command; keys and tokens are masked."""
-        variables = {name: "***" if name == API_KEY_ENV else value for name, value in self.environment.items()}
+        tree = {name: value for name, value in self.settings.shown().items() if name != "vllm"}
+        variables = self.environment | {TREE_VARIABLE: json.dumps(tree)}
+        if API_KEY_ENV in variables:
+            variables[API_KEY_ENV] = "***"
         lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
         return "\n".join([*lines, shlex.join(masked(self.argv))])
 
 
-def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment: Mapping[str, str]) -> VllmCommand:
+def vllm_command(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str]) -> VllmCommand:
     """Translate settings.
 
     Args:
@@ -65,30 +72,29 @@ def vllm_command(settings: ServeSettings, arguments: Sequence[str], environment:
         raise ConfigError("--lora-modules is made by smoa-serve; give adapters with --adapter NAME=PATH")
     if "grpc" in given:
         raise ConfigError("--grpc starts a server that asks for no key and knows no adapters of ours; leave it out")
-    adapters = _adapters(settings)
-    roots = _roots(settings, environment)
+    adapters, roots = _adapters(settings.adapters), _roots(settings.adapters, environment)
+    engine = settings.engine.model_copy(update={"required": settings.engine.required is not False})
+    reached = settings.adapters.model_copy(update={"adapters_root": roots})
+    served = settings.model_copy(update={"adapters": reached, "engine": engine})
     defaults: dict[str, FlagValue] = {"enable-lora": True}
-    if torch.cuda.is_available() and not Settings.from_environment(environment).cuda_graphs:
+    if torch.cuda.is_available() and not settings.engine.cuda_graphs:
         # The engine refuses adapters where there are graphs.
         defaults["enforce-eager"] = True
     if not given.issuperset(LIMITS):
-        allow_pickle = settings.allow_pickle
-        if allow_pickle is None:
-            allow_pickle = Settings.from_environment(environment).allow_pickle
-        defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=allow_pickle))
+        defaults |= default_limits(adapters, roots, LoadOptions(allow_pickle=settings.adapters.allow_pickle))
     # Several API servers, vLLM's default for data parallel, do not follow each other's loads.
     if "headless" not in given:
         defaults["api-server-count"] = 1
     flags = {name: value for name, value in defaults.items() if name not in given} | settings.vllm
-    variables = _environment(settings, roots, environment)
-    if isinstance(flags.get("api-key"), str):
-        key = str(flags.pop("api-key"))
+    variables = {"VLLM_PLUGINS": plugin_names(environment.get("VLLM_PLUGINS")), TREE_VARIABLE: served.handed_on()}
+    if isinstance(flags.get("api-key"), SecretStr):
+        key = revealed(flags.pop("api-key"))
         if "api-key" not in flag_names(arguments):
             variables[API_KEY_ENV] = key
     argv = ["vllm", "serve", settings.model, *_lora_modules(adapters)]
     for name, value in flags.items():
-        argv += _flag(name, value)
-    return VllmCommand([*argv, *arguments], variables)
+        argv += as_arguments(name, value)
+    return VllmCommand([*argv, *arguments], variables, served)
 
 
 def plugin_names(current: str | None) -> str:
@@ -106,7 +112,7 @@ def plugin_names(current: str | None) -> str:
     return ",".join(dict.fromkeys([*names, PLUGIN]))
 
 
-def _adapters(settings: ServeSettings) -> dict[str, str]:
+def _adapters(settings: Adapters) -> dict[str, str]:
     found = adapters_in(settings.adapters_dir) if settings.adapters_dir is not None else {}
     adapters = found | settings.adapter
     reasons = [reason for name in adapters if (reason := name_reason(name)) is not None]
@@ -115,40 +121,16 @@ def _adapters(settings: ServeSettings) -> dict[str, str]:
     return adapters
 
 
-def _roots(settings: ServeSettings, environment: Mapping[str, str]) -> list[Path]:
-    given = [*settings.adapters_root, *([settings.adapters_dir] if settings.adapters_dir else [])]
+def _roots(settings: Adapters, environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where HTTP loads may come from. SMOA_ADAPTER_ROOTS adds to what flags and files say, and need not exist yet."""
     before = [Path(part) for part in environment.get("SMOA_ADAPTER_ROOTS", "").split(os.pathsep) if part]
-    missing = [root for root in given if not root.expanduser().is_dir()]
+    given = [*settings.adapters_root, *([settings.adapters_dir] if settings.adapters_dir else [])]
+    missing = [root for root in given if root not in before and not root.expanduser().is_dir()]
     if missing:
         raise ConfigError(f"--adapters-root {missing[0]}: there is no such folder")
-    return list(dict.fromkeys(root.expanduser().resolve() for root in [*given, *before]))
-
-
-def _environment(settings: ServeSettings, roots: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
-    result = {
-        "VLLM_PLUGINS": plugin_names(environment.get("VLLM_PLUGINS")),
-        "SMOA_SERVE_REQUIRED": "1",
-        "SMOA_ADAPTER_ROOTS": os.pathsep.join(map(str, roots)),
-    }
-    switches = {
-        "SMOA_ALLOW_PICKLE": settings.allow_pickle,
-        "SMOA_STRICT_ORDER": settings.strict_order,
-        "SMOA_ALLOW_HUB": settings.allow_hub,
-    }
-    return result | {name: str(int(on)) for name, on in switches.items() if on is not None}
+    return tuple(dict.fromkeys(root.expanduser().resolve() for root in [*given, *before]))
 
 
 def _lora_modules(adapters: Mapping[str, str]) -> list[str]:
     items = [json.dumps({"name": name, "path": str(Path(path).expanduser())}) for name, path in adapters.items()]
     return ["--lora-modules", *items] if items else []
-
-
-def _flag(name: str, value: FlagValue) -> list[str]:
-    """One flag as vLLM's parser takes it."""
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]

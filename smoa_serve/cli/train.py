@@ -7,13 +7,14 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
+from .running import ending
 
 NEEDED = {"peft", "transformers", "accelerate"}
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command("train")(train_command)
+    app.command("train", epilog=ending("smoa-serve train configs/train-smoa.yaml --set adapter.r=16"))(train_command)
 
 
 def train_command(

@@ -52,14 +52,14 @@ class SmoaModelManager(MovingManager):
         self.smoa_refusal = self._refusal(vllm_config)
         self.unattached: dict[str, str] = {}
         self.absorbed: set[str] = set()
-        self._whole = Settings.from_environment().one_pass
+        self._whole = Settings.from_environment().engine.one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
         self.begin_moving()
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
         self.captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
-        if self.captured and not Settings.from_environment().cuda_graphs:
+        if self.captured and not Settings.from_environment().engine.cuda_graphs:
             return (
                 "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
                 "SMOA_CUDA_GRAPHS=1 to try them"

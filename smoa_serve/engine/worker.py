@@ -61,7 +61,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
     ) -> None:
         super().__init__(vllm_config, device, embedding_modules, lora_model_cls)
         self._model = (vllm_config.model_config.model, vllm_config.model_config.revision)
-        self._settings = Settings.from_environment()
+        self._settings = Settings.from_environment().adapters
         self._store = AdapterStore()
         self._copies: dict[int, _Copy] = {}
         self._failed: frozenset[int] = frozenset()

@@ -35,7 +35,7 @@ class LadderLoop:
     """
 
     def __init__(self, engine: Any, ladder: Ladder, settings: Settings) -> None:
-        self._engine, self._ladder, self._settings = engine, ladder, settings
+        self._engine, self._ladder, self._settings = engine, ladder, settings.residence
         self.rates, self._alone, self._alone_steps = Rates(), Rates(), Rates()
         self.decisions: deque[dict[str, str]] = deque(maxlen=REMEMBERED)
         self._policy: Policy | None = None
@@ -134,7 +134,7 @@ class LadderLoop:
         try:
             match decision.action:
                 case "merge":
-                    move = await self._ladder.merge(revision, self._settings.merge_policy, MAX_LOST, wanted)
+                    move = await self._ladder.merge(revision, self._settings.others_get, MAX_LOST, wanted)
                 case "resident":
                     move = await self._ladder.make_resident(revision, wanted)
                 case "unmerge" | "slot":

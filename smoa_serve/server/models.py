@@ -77,7 +77,8 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
         self.revisions = {}
         self.ladder = None
-        self._settings = Settings.from_environment()
+        settings = Settings.from_environment()
+        self._settings, self._required = settings.adapters, settings.engine.required
         self._store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers: dict[str, int] = {}
@@ -129,7 +130,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def _check_workers(self) -> None:
         if self.engine_client.vllm_config.lora_config is None:
-            if self._settings.required:
+            if self._required:
                 raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
             return
         try:
@@ -310,7 +311,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     def _allowed(self, name: str, path: str) -> Path:
         try:
             try:
-                return confine(path, self._settings.adapter_roots)
+                return confine(path, self._settings.adapters_root)
             except (AdapterNotFoundError, PathNotAllowedError):
                 if self._settings.allow_hub and not Path(path).is_absolute():
                     return download(path)
@@ -354,7 +355,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 check_one_process(self.engine_client, f"no resolver is asked for adapter {lora_name!r}")
                 for resolver in self.lora_resolvers:
                     try:
-                        found = await find(resolver, self.model_config.model, lora_name, self._settings.adapter_roots)
+                        found = await find(resolver, self.model_config.model, lora_name, self._settings.adapters_root)
                         if found is not None:
                             await self._load(lora_name, found, lora_name)
                             return self.lora_requests[lora_name]

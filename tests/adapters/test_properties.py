@@ -18,11 +18,10 @@ from smoa_serve.adapters.keys import HIRA_KEY, LORA_KEY, PREFIX, SMOA_KEY, sort_
 from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
 from smoa_serve.adapters.source import Source
 from smoa_serve.base.fingerprint import WeightFingerprint
-from smoa_serve.cli.serve_settings import ServeSettings, load_settings
 from smoa_serve.cli.serve_vllm import vllm_command
 from smoa_serve.errors import AdapterError, AdapterNotFoundError, ConfigError, PathNotAllowedError, SmoaError
 from smoa_serve.server.paths import confine
-from smoa_serve.settings import Settings
+from smoa_serve.settings import FIELDS, Settings, load_settings
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
@@ -262,7 +261,7 @@ def test_any_text_flag_of_the_environment_reaches_vllm_as_it_is(text: str) -> No
     environment = {"SMOA_SERVE_VLLM_API_KEY": text, "SMOA_SERVE_VLLM_REVISION": text, "SMOA_SERVE_MODEL": "m"}
     if text == "None":
         return
-    command = vllm_command(load_settings({}, environment, None), [], {})
+    command = vllm_command(load_settings({}, environment, None)[0], [], {})
     assert command.environment["VLLM_API_KEY"] == text
     assert command.argv[-2:] == ["--revision", text]
     assert "VLLM_API_KEY='***'" in command.shown()
@@ -272,15 +271,15 @@ def test_any_text_flag_of_the_environment_reaches_vllm_as_it_is(text: str) -> No
 def test_any_variable_is_a_flag_or_refused(variables: dict[str, str]) -> None:
     environment = {f"SMOA_SERVE_VLLM_{name}": value for name, value in variables.items()}
     try:
-        argv = vllm_command(load_settings({"model": "m"}, environment, None), [], {}).argv
+        argv = vllm_command(load_settings({"model": "m"}, environment, None)[0], [], {}).argv
     except ConfigError:
         return
     assert all(isinstance(argument, str) for argument in argv)
 
 
 @given(
-    st.fixed_dictionaries(
-        {}, optional={f"SMOA_{name}": values for name in ("ALLOW_PICKLE", "LADDER_MIB", "POLICY_INTERVAL_S")}
+    st.dictionaries(
+        st.sampled_from([name for field in FIELDS.values() for name in field.variables]), values, max_size=3
     )
 )
 def test_any_environment_is_read_or_refused_by_its_variable(environment: dict[str, str]) -> None:
@@ -288,7 +287,13 @@ def test_any_environment_is_read_or_refused_by_its_variable(environment: dict[st
     assert error is None or any(name in str(error) for name in environment)
 
 
-@given(st.dictionaries(st.sampled_from(list(ServeSettings.model_fields)), anything, max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from([*FIELDS, *Settings.model_fields, "_env_file", "_build_sources", "automerge"]),
+        anything,
+        max_size=4,
+    )
+)
 @SHARED_FOLDER
 def test_any_settings_file_is_read_or_refused(tmp_path: Path, content: dict[str, object]) -> None:
     file = tmp_path / "x.yaml"

@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import SecretStr
 from typer.testing import CliRunner, Result
 
 from smoa_serve.cli.app import app as program
@@ -127,16 +128,16 @@ def test_list_as_json_is_what_the_server_says(url: str) -> None:
 def test_load_and_unload(url: str) -> None:
     options = ("--url", url, "--api-key", KEY)
     assert "added" in run("adapters", "load", "new", "/adapters/new", *options).output
-    assert [entry["name"] for entry in ServerClient(url, KEY).adapters()] == ["legal", "new"]
+    assert [entry["name"] for entry in ServerClient(url, SecretStr(KEY)).adapters()] == ["legal", "new"]
     assert "removed" in run("adapters", "unload", "new", *options).output
-    assert [entry["name"] for entry in ServerClient(url, KEY).adapters()] == ["legal"]
+    assert [entry["name"] for entry in ServerClient(url, SecretStr(KEY)).adapters()] == ["legal"]
 
 
 def test_the_servers_refusal_is_shown(url: str) -> None:
     with pytest.raises(ServerError, match=r"refused \(400\): The lora adapter 'legal' has already been loaded"):
-        ServerClient(url, KEY).load("legal", "/x", in_place=False)
+        ServerClient(url, SecretStr(KEY)).load("legal", "/x", in_place=False)
     with pytest.raises(ServerError, match=r"refused \(404\): The lora adapter 'nobody' cannot be found"):
-        ServerClient(url, KEY).unload("nobody")
+        ServerClient(url, SecretStr(KEY)).unload("nobody")
     result = run("adapters", "unload", "nobody", "--url", url, "--api-key", KEY)
     assert result.exit_code == 1
     assert isinstance(result.exception, ServerError)
@@ -148,7 +149,7 @@ def test_an_adapter_in_use_is_replaced_on_request(url: str) -> None:
 
 def test_a_wrong_key_is_named(url: str) -> None:
     with pytest.raises(ServerError, match="--api-key"):
-        ServerClient(url, "wrong").adapters()
+        ServerClient(url, SecretStr("wrong")).adapters()
 
 
 def test_the_key_may_come_from_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from smoa_serve.adapters import LoadOptions, open_adapter
 from smoa_serve.cli import serve as serve_command
 from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_limits
 from smoa_serve.cli.app import app, main
-from smoa_serve.cli.serve_settings import SECRET_FLAGS, TEXT_FLAGS, ServeSettings, load_settings
 from smoa_serve.cli.serve_vllm import plugin_names, vllm_command
 from smoa_serve.errors import AdapterError, CompatibilityError, ConfigError
-from smoa_serve.settings import Settings
+from smoa_serve.settings import FIELDS, Settings, load_settings
+from smoa_serve.settings.vllm_flags import SECRET_FLAGS, TEXT_FLAGS, revealed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
@@ -51,10 +51,19 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
     return make
 
 
-def settings_from(yaml: str, tmp_path: Path, environment: Mapping[str, str], **flags: object) -> ServeSettings:
+def settings_from(yaml: str, tmp_path: Path, environment: Mapping[str, str], **flags: object) -> Settings:
     file = tmp_path / "settings.yaml"
     file.write_text(yaml)
-    return load_settings(flags, environment, file)
+    return load_settings(flags, environment, file)[0]
+
+
+def settings_of(environment: Mapping[str, str], **flags: object) -> Settings:
+    return load_settings(flags, environment, None)[0]
+
+
+def opened(settings: Settings) -> dict[str, Any]:
+    """vLLM's flags with their secrets."""
+    return {name: revealed(value) for name, value in settings.vllm.items()}
 
 
 def test_flag_wins_over_environment_over_yaml_over_default(tmp_path: Path) -> None:
@@ -67,32 +76,57 @@ def test_flag_wins_over_environment_over_yaml_over_default(tmp_path: Path) -> No
     }
     settings = settings_from(yaml, tmp_path, environment, model="from-flag")
     assert settings.model == "from-flag"
-    assert settings.strict_order is False
-    assert settings.allow_pickle is True
-    assert settings.allow_hub is None
+    assert settings.adapters.strict_order is False
+    assert settings.adapters.allow_pickle is True
+    assert settings.adapters.allow_hub is False
     assert settings.vllm == {"port": 3, "max-model-len": 4, "dtype": "float32"}
 
 
-@pytest.mark.parametrize("field", sorted(set(ServeSettings.model_fields) - {"vllm"}))
-def test_every_flag_can_be_set_from_yaml_and_environment(field: str, tmp_path: Path) -> None:
-    values = {"adapter": "a=/x", "adapters_root": os.pathsep.join(["/x", "/y"])}
-    value = values.get(field, "true" if ServeSettings.model_fields[field].annotation == bool | None else "thing")
-    from_yaml = settings_from(f"{field.replace('_', '-')}: {value}", tmp_path, {})
-    from_environment = load_settings({}, {f"SMOA_SERVE_{field.upper()}": value}, None)
-    assert from_yaml == from_environment
-    assert getattr(from_yaml, field) != ServeSettings.model_fields[field].get_default(call_default_factory=True)
+VALUES = {"adapter": "a=/x", "adapters_root": "/x", "others_get": "exclusive"}
+
+
+def invoked(*arguments: str) -> Settings:
+    """What the command reads from its flags alone."""
+    read: list[Settings] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("SMOA_")]:
+            patch.delenv(name)
+        patch.setattr(serve_command, "vllm_command", lambda settings, *_: read.append(settings))
+        patch.setattr(serve_command, "run_vllm", lambda _: None)
+        result = CliRunner().invoke(app, ["serve", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return read[0]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_one_field_is_a_flag_a_key_a_variable_and_a_place_in_the_tree(field: str, tmp_path: Path) -> None:
+    declared, default = FIELDS[field], FIELDS[field].info.get_default()
+    number = "7" if declared.holds(int) or declared.holds(float) else "thing"
+    value = VALUES.get(field, str(not default).lower() if declared.holds(bool) else number)
+    settings = settings_of({declared.variables[0]: value})
+    branch = getattr(settings, declared.section) if declared.section else settings
+    assert getattr(branch, field) != default
+    for variable in declared.variables[1:]:
+        assert settings_of({variable: value}) == settings
+    section, _, name = declared.key.rpartition(".")
+    assert settings_from(f"{name}: {value}", tmp_path, {}) == settings
+    assert settings_from(f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}", tmp_path, {}) == settings
+    assert settings_of({"SMOA_SETTINGS": settings.handed_on()}) == settings
+    switch = f"--no-{name}" if value == "false" else f"--{name}"
+    flags = [switch] if declared.holds(bool) else [f"--{name}", value]
+    assert invoked(*flags if section else [value]) == settings
 
 
 def test_adapters_of_all_sources_are_merged_by_name(tmp_path: Path) -> None:
     environment = {"SMOA_SERVE_ADAPTER": "b=/env c=/env"}
     settings = settings_from("adapter: {a: /yaml, b: /yaml}", tmp_path, environment, adapter=["c=/flag"])
-    assert settings.adapter == {"a": "/yaml", "b": "/env", "c": "/flag"}
+    assert settings.adapters.adapter == {"a": "/yaml", "b": "/env", "c": "/flag"}
 
 
 def test_the_settings_file_can_be_named_in_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("model: m")
-    assert load_settings({}, {"SMOA_SERVE_CONFIG": str(file), "SMOA_SERVE_REQUIRED": "1"}, None).model == "m"
+    assert settings_of({"SMOA_SERVE_CONFIG": str(file), "SMOA_SERVE_REQUIRED": "1"}).model == "m"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +149,7 @@ def test_a_wrong_file_says_what_is_allowed(yaml: str, message: str, tmp_path: Pa
 
 def test_an_unknown_variable_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="ADAPTER_DIR is not known; the nearest is SMOA_SERVE_ADAPTERS_DIR"):
-        load_settings({}, {"SMOA_SERVE_ADAPTER_DIR": "/x"}, None)
+        settings_of({"SMOA_SERVE_ADAPTER_DIR": "/x"})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +170,7 @@ def test_a_configuration_without_rank_asks_for_the_flag(make_adapter: MakeAdapte
     folder = make_adapter("a", PUBLISHED | {"r": None})
     with pytest.raises(AdapterError, match="--max-lora-rank"):
         open_adapter(folder).slot_rank()
-    settings = ServeSettings(model="m", adapter={"a": str(folder)})
+    settings = Settings(model="m", adapters={"adapter": {"a": str(folder)}})
     given = ["--max-lora-rank", "32", "--max-loras=2", "--max_cpu_loras", "4"]
     assert vllm_command(settings, given, {}).argv[-len(given) :] == given
 
@@ -193,9 +227,8 @@ def test_an_adapters_dir_that_may_not_be_read_is_one_clear_error(
 
 def test_the_command_is_vllm_serve_with_adapters(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     folder, extra = make_adapter("a", LORA), make_adapter("b", LORA)
-    settings = ServeSettings(
-        model="base", adapter={"x": str(folder)}, adapters_dir=extra.parent, vllm={"port": 1, "enforce-eager": True}
-    )
+    adapters = {"adapter": {"x": str(folder)}, "adapters_dir": extra.parent}
+    settings = Settings(model="base", adapters=adapters, vllm={"port": 1, "enforce-eager": True})
     command = vllm_command(settings, ["--port", "2", "-tp", "2"], {})
     argv = command.argv
     assert argv[:4] == ["vllm", "serve", "base", "--lora-modules"]
@@ -220,32 +253,34 @@ def test_the_command_is_vllm_serve_with_adapters(make_adapter: MakeAdapter, tmp_
     ],
 )
 def test_vllm_values_become_flags(value: object, flags: list[str]) -> None:
-    argv = vllm_command(ServeSettings(model="m", vllm={"x": value}), [], {}).argv
+    argv = vllm_command(Settings(model="m", vllm={"x": value}), [], {}).argv
     assert argv[-len(flags) :] == flags if flags else "--x" not in argv
 
 
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ConfigError, match="no base model"):
-        vllm_command(ServeSettings(), [], {})
+        vllm_command(Settings(), [], {})
     with pytest.raises(ConfigError, match="--adapter NAME=PATH"):
-        vllm_command(ServeSettings(model="m"), ["--lora-modules", "a=b"], {})
+        vllm_command(Settings(model="m"), ["--lora-modules", "a=b"], {})
     with pytest.raises(ConfigError, match="--grpc"):
-        vllm_command(ServeSettings(model="m"), ["--grpc"], {})
+        vllm_command(Settings(model="m"), ["--grpc"], {})
     with pytest.raises(ConfigError, match=r"'a/\.\./b' cannot be used.*'pin' cannot be used"):
-        vllm_command(ServeSettings(model="m", adapter={"a/../b": "x", "pin": "y"}), [], {})
+        vllm_command(Settings(model="m", adapters={"adapter": {"a/../b": "x", "pin": "y"}}), [], {})
     with pytest.raises(CompatibilityError, match="VLLM_USE_RUST_FRONTEND=1"):
-        vllm_command(ServeSettings(model="m"), [], {"VLLM_USE_RUST_FRONTEND": "1"})
+        vllm_command(Settings(model="m"), [], {"VLLM_USE_RUST_FRONTEND": "1"})
     with pytest.raises(ConfigError, match="no such folder"):
-        vllm_command(ServeSettings(model="m", adapters_root=(Path("/does/not/exist"),)), [], {})
+        vllm_command(Settings(model="m", adapters={"adapters_root": ["/does/not/exist"]}), [], {})
 
 
 def test_the_plugin_reads_what_the_command_sets(tmp_path: Path) -> None:
-    settings = ServeSettings(model="m", adapters_root=(tmp_path,), allow_pickle=True, strict_order=True)
+    settings = Settings(model="m", adapters={"adapters_root": [tmp_path], "allow_pickle": True, "strict_order": True})
     environment = vllm_command(settings, [], {"SMOA_ADAPTER_ROOTS": "/elsewhere"}).environment
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     read = Settings.from_environment(environment)
-    assert read.adapter_roots == (tmp_path.resolve(), Path("/elsewhere"))
-    assert (read.allow_pickle, read.strict_order, read.allow_hub, read.required) == (True, True, False, True)
+    adapters = read.adapters
+    assert adapters.adapters_root == (tmp_path.resolve(), Path("/elsewhere"))
+    assert (adapters.allow_pickle, adapters.strict_order, adapters.allow_hub) == (True, True, False)
+    assert read.engine.required is True
 
 
 def test_plugins_that_were_chosen_stay_chosen() -> None:
@@ -264,9 +299,9 @@ def test_without_a_choice_all_installed_plugins_stay() -> None:
 
 @pytest.mark.parametrize("key", ["0123", "null", "1.10", "true", "~", "[a", "{a: b}", "1e3", "2024-01-01", "-x"])
 def test_a_key_in_the_environment_is_taken_as_it_stands(key: str) -> None:
-    settings = load_settings({}, {"SMOA_SERVE_VLLM_API_KEY": key}, None)
-    assert settings.vllm == {"api-key": key}
-    command = vllm_command(ServeSettings(model="m", vllm=settings.vllm), [], {})
+    settings = settings_of({"SMOA_SERVE_VLLM_API_KEY": key}, model="m")
+    assert opened(settings) == {"api-key": key}
+    command = vllm_command(settings, [], {})
     assert command.environment["VLLM_API_KEY"] == key
     assert "--api-key" not in command.argv
 
@@ -275,7 +310,7 @@ def test_a_key_in_the_environment_is_taken_as_it_stands(key: str) -> None:
 @pytest.mark.parametrize("text", ["0123", "null", "1.10", "true"])
 def test_text_flags_stay_text(flag: str, text: str) -> None:
     name = f"SMOA_SERVE_VLLM_{flag.upper().replace('-', '_')}"
-    settings = load_settings({"model": "m"}, {name: text}, None)
+    settings = settings_of({name: text}, model="m")
     assert vllm_command(settings, [], {}).argv[-2:] == [f"--{flag}", text]
 
 
@@ -295,14 +330,14 @@ def test_text_flags_stay_text(flag: str, text: str) -> None:
     ],
 )
 def test_variables_become_flags_without_being_rewritten(text: str, flags: list[str]) -> None:
-    settings = load_settings({"model": "m"}, {"SMOA_SERVE_VLLM_X": text}, None)
+    settings = settings_of({"SMOA_SERVE_VLLM_X": text}, model="m")
     assert vllm_command(settings, [], {}).argv[-len(flags) :] == flags
 
 
 def test_numbers_of_a_file_are_not_rewritten_either(tmp_path: Path) -> None:
     yaml = "vllm: {api-key: 0123, revision: 1.10, served-model-name: [1.10, b], port: 8000, x: 2024-01-01}"
     written = {"api-key": "0123", "revision": "1.10", "served-model-name": ["1.10", "b"], "port": 8000}
-    assert settings_from(yaml, tmp_path, {}).vllm == written | {"x": "2024-01-01"}
+    assert opened(settings_from(yaml, tmp_path, {})) == written | {"x": "2024-01-01"}
 
 
 @pytest.mark.parametrize("value", ["null", "~", "true", "", "[a, null]", '""', "None", "[None, a]"])
@@ -373,7 +408,7 @@ def test_no_error_shows_a_key(yaml: str, tmp_path: Path) -> None:
 
 def test_no_error_shows_the_value_of_a_variable_for_vllm() -> None:
     with pytest.raises(ConfigError, match="ADDITIONAL_CONFIG cannot be read as a YAML value") as refused:
-        load_settings({}, {"SMOA_SERVE_VLLM_ADDITIONAL_CONFIG": f"{{token: {SECRET}"}, None)
+        settings_of({"SMOA_SERVE_VLLM_ADDITIONAL_CONFIG": f"{{token: {SECRET}"})
     assert SECRET not in str(refused.value)
 
 
@@ -381,15 +416,62 @@ def test_no_error_shows_the_value_of_a_variable_for_vllm() -> None:
 def test_a_switch_turned_off_overrules_an_inherited_variable(flag: str) -> None:
     inherited = {f"SMOA_{flag.upper()}": "1"}
     for value, expected in ((False, False), (True, True), (None, True)):
-        settings = ServeSettings(model="m", **({} if value is None else {flag: value}))
+        settings = settings_of(inherited, model="m", **({} if value is None else {flag: value}))
         environment = inherited | vllm_command(settings, [], inherited).environment
-        assert getattr(Settings.from_environment(environment), flag) is expected
+        assert getattr(Settings.from_environment(environment).adapters, flag) is expected
 
 
 def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["serve", *arguments, "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0
     return result.output
+
+
+def test_a_dry_run_as_json_shows_the_whole_tree_and_who_set_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOA_SERVE_VLLM_HF_TOKEN", SECRET)
+    monkeypatch.setenv("SMOA_AUTO_MERGE", "1")
+    output = invoke("base", "--adapters-root", str(tmp_path), "--api-key", SECRET, "--json")
+    assert SECRET not in output
+    shown = json.loads(output)
+    assert shown["settings"]["residence"]["auto-merge"] is True
+    assert shown["settings"]["adapters"]["adapters-root"] == [str(tmp_path)]
+    assert shown["settings"]["engine"]["required"] is True
+    assert shown["settings"]["vllm"] == {"hf-token": "***"}
+    assert shown["from"]["residence.auto-merge"] == "SMOA_AUTO_MERGE"
+    assert shown["from"]["adapters.adapters-root"] == "--adapters-root"
+    assert shown["from"]["store.store-dir"] == "SMOA_STORE_DIR"
+    assert shown["command"][-2:] == ["--api-key", "***"]
+    # What is printed is a settings file.
+    file = tmp_path / "printed.yaml"
+    file.write_text(json.dumps(shown["settings"]))
+    again = load_settings({}, {}, file)[0]
+    assert again.residence.auto_merge is True
+    assert again.adapters.adapters_root == (tmp_path,)
+
+
+def test_json_is_for_a_dry_run() -> None:
+    with pytest.raises(ConfigError, match="--json belongs to --dry-run"):
+        CliRunner().invoke(app, ["serve", "m", "--json"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--automerge", "--auto-merge"),
+        ("--adapters-roots=/x", "--adapters-root"),
+        ("--no-allow-pickel", "--no-allow-pickle"),
+        ("--store_dirs", "--store-dir"),
+    ],
+)
+def test_a_mistyped_flag_of_ours_names_the_nearest(flag: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"is not known; the nearest is {near}$"):
+        CliRunner().invoke(app, ["serve", "m", "--dry-run", flag], catch_exceptions=False)
+
+
+def test_no_flag_of_vllm_is_taken_for_one_of_ours() -> None:
+    vllms = [flag for flag in vllms_flags() if flag.startswith("--")]
+    assert {f"--{declared.name}" for declared in FIELDS.values() if declared.section}.isdisjoint(vllms)
+    serve_command.refuse_mistyped(vllms)
 
 
 def test_the_model_comes_first_and_unknown_flags_are_vllms(make_adapter: MakeAdapter) -> None:
@@ -407,7 +489,7 @@ def test_a_flags_value_is_not_taken_for_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo", "single-gpu", "tp-node"])
 def test_the_configs_are_settings(name: str) -> None:
-    settings = load_settings({}, {}, CONFIGS / f"{name}.yaml")
+    settings, _ = load_settings({}, {}, CONFIGS / f"{name}.yaml")
     assert settings.model
     assert settings.vllm["served-model-name"] == "base"
 
@@ -415,7 +497,7 @@ def test_the_configs_are_settings(name: str) -> None:
 def test_configs_name_flags_that_vllm_has() -> None:
     known = vllms_flags()
     for file in (file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("train")):
-        flags = load_settings({}, {}, file).vllm
+        flags = load_settings({}, {}, file)[0].vllm
         assert not [name for name in flags if f"--{name}" not in known], file
 
 
@@ -427,7 +509,7 @@ def test_main_runs_vllms_own_command_in_this_process(monkeypatch: pytest.MonkeyP
         main()
     assert ended.value.code == 0
     assert started[0].argv[-2:] == ["--port", "1"]
-    assert started[0].environment["SMOA_ADAPTER_ROOTS"] == str(tmp_path)
+    assert Settings.from_environment(started[0].environment).adapters.adapters_root == (tmp_path,)
 
 
 def test_main_shows_an_error_without_a_traceback(

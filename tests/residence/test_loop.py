@@ -68,7 +68,7 @@ def looks(answer: Exception | None, revisions: list[Any]) -> list[str]:
     ladder: Any = Ladder()
     ladder.answer = answer
     engine: Any = SimpleNamespace(vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type="cpu")))
-    loop = LadderLoop(engine, ladder, Settings(auto_merge=True))
+    loop = LadderLoop(engine, ladder, Settings(residence={"auto_merge": True}))
 
     async def run() -> None:
         for one in revisions:
