@@ -5,16 +5,14 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from smoa_serve.errors import EngineGoneError
 from smoa_serve.residence.counting import served
 from smoa_serve.residence.engine_client import several_processes
 from smoa_serve.residence.ladder import Ladder, step_of
 from smoa_serve.residence.loop import LadderLoop
+from smoa_serve.server.errors import register, without_private_paths
 from smoa_serve.server.routes import residence as moves
-from smoa_serve.server.routes.residence import refused
 from smoa_serve.settings import Settings
 
 router = APIRouter(prefix="/v1/smoa")
@@ -100,7 +98,7 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
     """Why adapters reside where they do."""
     state = raw_request.app.state
     loop: LadderLoop = state.smoa_policy
-    allowed, rates = loop.allowed, loop.rates
+    allowed, rates, store = loop.allowed, loop.rates, state.openai_serving_models.store.root
     names = {str(revision.lora_int_id): name for name, revision in state.openai_serving_models.revisions.items()}
     return PolicyInfo(
         merge=allowed.merge,
@@ -110,12 +108,8 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
         adapters={names[number]: rate for number, rate in sorted(rates.tokens.items()) if number in names and rate},
         pinned=sorted(state.smoa_ladder.pinned),
         moving=state.smoa_ladder.moving,
-        decisions=list(loop.decisions),
+        decisions=[{key: without_private_paths(text, store) for key, text in one.items()} for one in loop.decisions],
     )
-
-
-async def _engine_gone(_: Request, error: Exception) -> JSONResponse:
-    return refused(error, 503)
 
 
 class EndpointPlugin:
@@ -132,7 +126,7 @@ class EndpointPlugin:
         app.include_router(router)
         app.include_router(moves.router)
         app.include_router(lora_routes.router)
-        app.add_exception_handler(EngineGoneError, _engine_gone)
+        register(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The ladder of this server; all else is vLLM's own state."""

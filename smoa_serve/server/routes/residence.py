@@ -3,16 +3,9 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import (
-    AdapterNotFoundError,
-    MoveFailedError,
-    MoveRefusedError,
-    SeveralProcessesError,
-    WorkerError,
-)
+from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision, Target
 from smoa_serve.residence import parity
 from smoa_serve.residence.engine_client import check_one_process
@@ -48,29 +41,20 @@ class MoveReport(BaseModel):
     tokens_agree: bool | None = None
 
 
-@router.post("/adapters/{name:path}/{target}", response_model=MoveReport)
+@router.post("/adapters/{name:path}/{target}")
 async def move(
     raw_request: Request,
     name: str,
     target: Target,
     options: MergeRequest | None = None,
-) -> Any:
+) -> MoveReport:
     """Merge, un-merge, keep resident, back to the slot. What is moved by hand stays there: the automatic policy is kept
     away as by `pin`, until `unpin`."""
     state = raw_request.app.state
     ladder: Ladder = state.smoa_ladder
-    try:
-        check_one_process(state.engine_client, "adapters stay where they are")
-        revision = _revision(state.openai_serving_models.revisions, name)
-        report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
-    except AdapterNotFoundError as error:
-        return refused(error, 404)
-    except MoveRefusedError as error:
-        return refused(error, 409)
-    except SeveralProcessesError as error:
-        return refused(error, 501)
-    except (MoveFailedError, WorkerError) as error:
-        return refused(error, 500)
+    check_one_process(state.engine_client, "adapters stay where they are")
+    revision = _revision(state.openai_serving_models.revisions, name)
+    report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     state.openai_serving_models.residence.note(revision.lora_int_id, report.step)
     if target == "unpin":
         ladder.pinned.discard(name)
@@ -112,9 +96,3 @@ def _revision(revisions: dict[str, Revision], name: str) -> Revision:
 
 def _report(name: str, done: Move) -> MoveReport:
     return MoveReport(name=name, **vars(done))
-
-
-def refused(error: Exception, status: int) -> JSONResponse:
-    """An error as vLLM's own routes answer it."""
-    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
