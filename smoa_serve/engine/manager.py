@@ -15,6 +15,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.models import supports_multimodal
 from vllm.utils.platform_utils import is_pin_memory_available
 
+from smoa_serve import __version__
 from smoa_serve.adapters.model import Adapter, ModuleUpdate
 from smoa_serve.adapters.overflow import overflow_reasons
 from smoa_serve.engine import linear as layers
@@ -23,6 +24,7 @@ from smoa_serve.engine.bind import bind_modules, check_lora_factors
 from smoa_serve.engine.freeing import SmoaModel
 from smoa_serve.engine.host import compiling, logits
 from smoa_serve.engine.merging import WeightChecksumError
+from smoa_serve.engine.messages import AdapterStatus, WorkerStatus
 from smoa_serve.engine.moving import MovingManager
 from smoa_serve.errors import AdapterError
 from smoa_serve.settings import Settings
@@ -212,6 +214,39 @@ class SmoaModelManager(MovingManager):
         if active and merged_id is not None:
             smoa_slots = smoa_slots | {merged_id: self.lora_slots}
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
+
+    def status(self) -> WorkerStatus:
+        """What this worker knows."""
+        layers = list(self.merger.layers.values())
+        return WorkerStatus(
+            __version__,
+            lora=True,
+            refusal=self.smoa_refusal,
+            switches_freely=self.merger.switches_freely,
+            cost=layers[0].smoa_bank.cost if layers else None,
+            steps=self.traffic.steps,
+            layers=len(layers),
+            weight_bytes=sum(layer.smoa_weight.dequantized_bytes for layer in layers),
+            contents=list(self.lora_index_to_id),
+            partitions=sum(layer.smoa_bank.num_partitions for layer in layers),
+            partition_bytes=sum(layer.smoa_bank.partition_bytes for layer in layers),
+            adapters=self._adapter_statuses(),
+        )
+
+    def _adapter_statuses(self) -> dict[int, AdapterStatus]:
+        columns: dict[str, dict[int, Any]] = {
+            "residence": self.residence(),
+            "resident_bytes": self.resident_bytes(),
+            "block_bytes": self.block_bytes(),
+            "host_bytes": self.host_bytes(),
+            "tokens": self.traffic.tokens(),
+            "alone": self.traffic.alone(),
+            "alone_steps": self.traffic.alone_steps(),
+        }
+        return {
+            lora_id: AdapterStatus(**{name: found[lora_id] for name, found in columns.items() if lora_id in found})
+            for lora_id in set().union(*columns.values())
+        }
 
     def touch_active(self, lora_ids: set[int]) -> None:
         """Mark adapters as just used, so that making room for others of the same step takes none of them."""

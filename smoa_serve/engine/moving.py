@@ -9,6 +9,7 @@ from typing import Any
 from smoa_serve.engine.freeing import FreeingManager, SmoaModel
 from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger
+from smoa_serve.engine.messages import Residence
 from smoa_serve.errors import AdapterBusyError, AdapterError
 from smoa_serve.settings import MergePolicy
 
@@ -185,11 +186,14 @@ class MovingManager(FreeingManager):
         super().remove_all_adapters()
         self._content_version += 1
 
-    def residence(self) -> dict[int, str]:
-        """lora_int_id -> "merged", "resident", "slot" or "host"."""
-        found = {lora_id: "slot" if lora_id in self._active_adapters else "host" for lora_id in self.list_adapters()}
-        found |= dict.fromkeys(self._resident, "resident")
-        return found | ({self.merger.lora_id: "merged"} if self.merger.merged and self.merger.lora_id else {})
+    def residence(self) -> dict[int, Residence]:
+        """lora_int_id -> where it resides on this worker."""
+        found = {
+            lora_id: Residence.SLOT if lora_id in self._active_adapters else Residence.HOST
+            for lora_id in self.list_adapters()
+        }
+        found |= dict.fromkeys(self._resident, Residence.RESIDENT)
+        return found | ({self.merger.lora_id: Residence.MERGED} if self.merger.merged and self.merger.lora_id else {})
 
     def resident_bytes(self) -> dict[int, int]:
         """lora_int_id -> bytes of its blocks of dW, or of all that being merged takes."""

@@ -5,15 +5,17 @@ from collections.abc import Awaitable
 from time import monotonic
 from typing import Any, TypeVar
 
-from smoa_serve.errors import EngineGoneError, SeveralProcessesError, raised_or
+from smoa_serve.engine.messages import Answer
+from smoa_serve.errors import EngineGoneError, SeveralProcessesError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Reply = TypeVar("Reply", bound=Answer)
 
 _LOOK_S = 0.5  # how often it is asked whether the engine still lives
 _NOTICE_S = 0.5  # an engine that ends fails the call it is in first, and is known to have ended a little later
 
 
-async def answered(engine: Any, call: Awaitable[Answer], doing: str) -> Answer:
+async def answered(engine: Any, call: Awaitable[Result], doing: str) -> Result:
     """What the engine answers to a call that is no generation: `collective_rpc`, `add_lora`, `remove_lora`.
 
     vLLM tells generations that the engine ended, and leaves such calls without an answer for ever. A request that waits
@@ -65,14 +67,29 @@ def check_one_process(engine: Any, consequence: str) -> None:
         )
 
 
-async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
+async def ask_workers(engine: Any, kind: type[Reply], *arguments: Any) -> list[Reply]:
     """The answers of all workers of all data-parallel replicas to a method of `engine/rpc.py`; see `answered`.
+
+    Args:
+        engine: vLLM's client.
+        kind: of the answers; names the method.
+        arguments: of the method.
 
     Raises:
         EngineGoneError: the engine has ended.
         WorkerError: a worker failed.
     """
-    return raised_or(await answered(engine, _of_all_replicas(engine, method, arguments), method), method)
+    return kind.of_workers(await answered(engine, _of_all_replicas(engine, kind.method, arguments), kind.method))
+
+
+async def run_dummy_batch(engine: Any) -> None:
+    """Have all workers run vLLM's own batch of nothing.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+    """
+    method = "execute_dummy_batch"
+    await answered(engine, _of_all_replicas(engine, method, ()), method)
 
 
 async def _of_all_replicas(engine: Any, method: str, arguments: tuple[Any, ...]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import Gauge
 
 from smoa_serve.adapters.rounding import too_much_lost
+from smoa_serve.engine.messages import Committed, Residence, StageReport, Undone, WorkerStatus, on_all_workers
 from smoa_serve.errors import (
     EngineGoneError,
     MoveAbandonedError,
@@ -25,7 +26,6 @@ from smoa_serve.settings import MergePolicy
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("stored", "host", "slot", "resident", "merged")
 # How long the workers stage between two engine steps: less than a decode step of a small model.
 BUDGET_S = 0.01
 
@@ -39,14 +39,14 @@ class Move:
     """What a move did.
 
     Attributes:
-        step: where the adapter resides now.
+        residence: where the adapter resides now.
         seconds: from the first piece of work to the last.
         longest_call_ms: longest that one piece kept the engine from its next step, the way to it included.
         bytes: held for it now, all workers.
         lost: share of the update that rounding to the weights' dtype removed, worst layer; None unless merged.
     """
 
-    step: str
+    residence: Residence
     seconds: float
     longest_call_ms: float
     bytes: int
@@ -78,10 +78,10 @@ class Ladder:
         self.moving: str | None = None
 
     @asynccontextmanager
-    async def _under_way(self, revision: Revision, step: str) -> AsyncIterator[None]:
+    async def _under_way(self, revision: Revision, target: Residence) -> AsyncIterator[None]:
         """For the length of one move."""
         async with self._lock:
-            self.moving = f"{revision.name} to {step}"
+            self.moving = f"{revision.name} to {target}"
             try:
                 for left in list(self._leftover.values()):
                     await self._demote(left)
@@ -106,24 +106,24 @@ class Ladder:
             MoveRefusedError: it cannot be merged, or rounding would remove too much; the numbers.
         """
         async with (
-            self._under_way(revision, "merged"),
-            self._undone(revision, "merged", unless=await self.step(revision) == "merged"),
+            self._under_way(revision, Residence.MERGED),
+            self._undone(revision, Residence.MERGED, unless=await self.residence(revision) is Residence.MERGED),
         ):
             await self._refuse_second(revision)
-            begin, longest, reports = await self._stage(revision, "merged", wanted)
+            begin, longest, reports = await self._stage(revision, Residence.MERGED, wanted)
             lost: dict[str, float] = {}
             for report in reports:
-                lost |= {name: max(share, lost.get(name, 0.0)) for name, share in report["lost"].items()}
+                lost |= {name: max(share, lost.get(name, 0.0)) for name, share in report.lost.items()}
             reasons = too_much_lost(lost, max_lost, "serve it resident, or allow more with max_lost")
             if reasons:
                 raise MoveRefusedError(revision.name, reasons, lasting=True)
             worst = max(lost.values(), default=0.0)
             start = monotonic()
-            held = await self.call("smoa_merge", policy.value)
+            held = await ask_workers(self._engine, Committed, policy.value)
             longest = max(longest, monotonic() - start)
             self._require_current(revision)
             self._merged = revision
-            return self._moved(revision, "merged", begin, longest, sum(one["bytes"] for one in held), worst)
+            return self._moved(revision, Residence.MERGED, begin, longest, sum(one.bytes for one in held), worst)
 
     async def make_resident(self, revision: Revision, wanted: Callable[[], bool] = lambda: True) -> Move:
         """Keep an adapter's blocks of dW beside the weights.
@@ -137,16 +137,16 @@ class Ladder:
             MoveFailedError: a worker failed half-way; no worker keeps anything of it.
             MoveRefusedError: it is merged, or no SMoA or HiRA adapter.
         """
-        async with self._under_way(revision, "resident"):
-            before = await self.step(revision)
-            if before == "merged":
+        async with self._under_way(revision, Residence.RESIDENT):
+            before = await self.residence(revision)
+            if before is Residence.MERGED:
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
-            async with self._undone(revision, "resident", unless=before == "resident"):
-                begin, longest, _ = await self._stage(revision, "resident", wanted)
-                status = await self.call("smoa_status")
+            async with self._undone(revision, Residence.RESIDENT, unless=before is Residence.RESIDENT):
+                begin, longest, _ = await self._stage(revision, Residence.RESIDENT, wanted)
+                statuses = await self.statuses()
                 self._require_current(revision)
-            size = sum(one["resident_bytes"].get(str(revision.lora_int_id), 0) for one in status)
-            return self._moved(revision, "resident", begin, longest, size)
+            size = on_all_workers(statuses, revision.lora_int_id).resident_bytes
+            return self._moved(revision, Residence.RESIDENT, begin, longest, size)
 
     async def to_slot(self, revision: Revision) -> Move:
         """Un-merge an adapter, or give its resident blocks back. An earlier revision of its name that is still merged
@@ -155,20 +155,20 @@ class Ladder:
         Raises:
             MoveFailedError: a worker failed half-way; asked again, it goes on.
         """
-        async with self._under_way(revision, "slot"):
+        async with self._under_way(revision, Residence.SLOT):
             begin = monotonic()
             if self._merged is not None and self._merged.name == revision.name:
                 await self._demote(self._merged)
             await self._demote(revision)
-            return self._moved(revision, await self.step(revision), begin, monotonic() - begin, 0)
+            return self._moved(revision, await self.residence(revision), begin, monotonic() - begin, 0)
 
     async def forget(self, revision: Revision) -> None:
         """An adapter was unloaded or replaced: what it holds beyond its slot is given back."""
-        async with self._under_way(revision, "slot"):
+        async with self._under_way(revision, Residence.SLOT):
             await self._demote(revision)
 
     @asynccontextmanager
-    async def _undone(self, revision: Revision, target: str, *, unless: bool) -> AsyncIterator[None]:
+    async def _undone(self, revision: Revision, target: Residence, *, unless: bool) -> AsyncIterator[None]:
         """What is raised inside leaves nothing of the move on any worker, unless the adapter was there before."""
         try:
             yield
@@ -198,13 +198,13 @@ class Ladder:
         merged = self._merged
         if merged is None or merged.lora_int_id == revision.lora_int_id:
             return
-        if await self.step(merged) == "merged":
+        if await self.residence(merged) is Residence.MERGED:
             raise MoveRefusedError(revision.name, [f"another adapter is merged: {merged.name}; un-merge it first"])
         self._merged = None
 
     async def _stage(
-        self, revision: Revision, target: str, wanted: Callable[[], bool]
-    ) -> tuple[float, float, list[dict[str, Any]]]:
+        self, revision: Revision, target: Residence, wanted: Callable[[], bool]
+    ) -> tuple[float, float, list[StageReport]]:
         """Work between steps until all workers are ready: (when it began, longest call, their reports)."""
         self._require_current(revision)
         # Back from eviction, if it was evicted.
@@ -212,30 +212,30 @@ class Ladder:
         begin, longest = monotonic(), 0.0
         while True:
             start = monotonic()
-            reports = await self.call("smoa_stage", revision.lora_int_id, target, BUDGET_S)
+            reports = await ask_workers(self._engine, StageReport, revision.lora_int_id, target.value, BUDGET_S)
             longest = max(longest, monotonic() - start)
-            failed = sorted({report["failed"] for report in reports if report["failed"]})
+            failed = sorted({report.failed for report in reports if report.failed})
             if failed:
                 raise WorkerError("; ".join(failed))
-            reasons = sorted({reason for report in reports for reason in report["refused"]})
+            reasons = sorted({reason for report in reports for reason in report.refused})
             if reasons:
-                raise MoveRefusedError(revision.name, reasons, lasting=any(report["lasting"] for report in reports))
+                raise MoveRefusedError(revision.name, reasons, lasting=any(report.lasting for report in reports))
             self._require_current(revision)
             if not wanted():
                 raise MoveAbandonedError(f"adapter {revision.name} was pinned while it moved; it is in its slot")
-            if all(report["ready"] for report in reports):
+            if all(report.ready for report in reports):
                 return begin, longest, reports
             await asyncio.sleep(0)
 
-    async def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Ask all workers.
+    async def statuses(self) -> list[WorkerStatus]:
+        """What all workers know.
 
         Raises:
             EngineGoneError: the engine ended.
         """
-        return await ask_workers(self._engine, method, *arguments)
+        return await ask_workers(self._engine, WorkerStatus)
 
-    async def _demote(self, revision: Revision, target: str | None = None) -> None:
+    async def _demote(self, revision: Revision, target: Residence | None = None) -> None:
         """Back to the slot on every worker, from one step of the ladder or (None) from any.
 
         Raises:
@@ -244,7 +244,7 @@ class Ladder:
         """
         self._leftover[revision.lora_int_id] = revision
         try:
-            await self.call("smoa_demote", revision.lora_int_id, target)
+            await ask_workers(self._engine, Undone, revision.lora_int_id, target and target.value)
         except EngineGoneError:
             raise
         except Exception as error:
@@ -255,19 +255,19 @@ class Ladder:
         if self._merged is not None and self._merged.lora_int_id == revision.lora_int_id:
             self._merged = None
 
-    async def step(self, revision: Revision) -> str:
+    async def residence(self, revision: Revision) -> Residence:
         """Where an adapter resides now."""
-        return step_of(await self.call("smoa_status"), revision.lora_int_id)
+        return on_all_workers(await self.statuses(), revision.lora_int_id).residence
 
     def _moved(
-        self, revision: Revision, step: str, begin: float, longest_s: float, size: int, lost: float | None = None
+        self, revision: Revision, where: Residence, begin: float, longest_s: float, size: int, lost: float | None = None
     ) -> Move:
-        move = Move(step, monotonic() - begin, longest_s * 1e3, size, lost)
+        move = Move(where, monotonic() - begin, longest_s * 1e3, size, lost)
         BYTES.labels(revision.name).set(size)
-        STEP.labels(revision.name).set(STEPS.index(step))
+        STEP.labels(revision.name).set(where.rung)
         LONGEST.set(longest_s)
         logger.info(
-            "Adapter %s is %s now: %.1f s, %.1f ms at a time, %d bytes", revision.name, step, move.seconds,
+            "Adapter %s is %s now: %.1f s, %.1f ms at a time, %d bytes", revision.name, where, move.seconds,
             move.longest_call_ms, size,
         )  # fmt: skip
         return move
@@ -277,9 +277,3 @@ def forget_metrics(name: str) -> None:
     """Take away what is shown of an adapter that has left."""
     BYTES.remove(name)
     STEP.remove(name)
-
-
-def step_of(statuses: list[dict[str, Any]], lora_int_id: int) -> str:
-    """Where an adapter resides: the lowest step of all workers."""
-    found: list[str] = [status.get("residence", {}).get(str(lora_int_id), "stored") for status in statuses]
-    return min(found, key=STEPS.index)

@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
+from smoa_serve.engine.messages import Residence, on_all_workers
 from smoa_serve.residence.counting import served
 from smoa_serve.residence.engine_client import several_processes
-from smoa_serve.residence.ladder import Ladder, step_of
+from smoa_serve.residence.ladder import Ladder
 from smoa_serve.residence.loop import LadderLoop
 from smoa_serve.server.errors import register, without_private_paths
 from smoa_serve.server.routes import residence as moves
@@ -29,7 +30,7 @@ class AdapterInfo(BaseModel):
     num_blocks: int = Field(description="K")
     parameters: int
     bytes: int = Field(description="factors and block ids in host memory")
-    residence: str = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
+    residence: Residence = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
     resident_bytes: int = Field(description="held for it while resident or merged, all workers")
     pinned: bool = Field(description="the automatic policy leaves it where it is")
     order: str | None = Field(description="recorded, recomputed or not-needed; none for LoRA")
@@ -51,11 +52,11 @@ async def list_adapters(raw_request: Request) -> AdapterList:
     state = raw_request.app.state
     engine = state.engine_client
     models = state.openai_serving_models
-    statuses = await state.smoa_ladder.call("smoa_status")
+    statuses = await state.smoa_ladder.statuses()
     counts = served(engine)
     data = []
     for name, revision in sorted(models.revisions.items()):
-        staged = revision.staged
+        staged, here = revision.staged, on_all_workers(statuses, revision.lora_int_id)
         data.append(
             AdapterInfo(
                 name=name,
@@ -66,10 +67,8 @@ async def list_adapters(raw_request: Request) -> AdapterList:
                 num_blocks=staged.num_blocks,
                 parameters=staged.parameters,
                 bytes=staged.nbytes,
-                residence=step_of(statuses, revision.lora_int_id),
-                resident_bytes=sum(
-                    status.get("resident_bytes", {}).get(str(revision.lora_int_id), 0) for status in statuses
-                ),
+                residence=here.residence,
+                resident_bytes=here.resident_bytes,
                 pinned=name in state.smoa_ladder.pinned,
                 order=staged.order.value if staged.order is not None else None,
                 order_error=staged.order_error,
@@ -99,7 +98,7 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
     state = raw_request.app.state
     loop: LadderLoop = state.smoa_policy
     allowed, rates, store = loop.allowed, loop.rates, state.openai_serving_models.store.root
-    names = {str(revision.lora_int_id): name for name, revision in state.openai_serving_models.revisions.items()}
+    names = {revision.lora_int_id: name for name, revision in state.openai_serving_models.revisions.items()}
     return PolicyInfo(
         merge=allowed.merge,
         resident=allowed.resident,

@@ -17,6 +17,7 @@ from smoa_serve.adapters import LoadOptions
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.engine.host import heap
 from smoa_serve.engine.host.logs import share_logging
+from smoa_serve.engine.messages import WorkerStatus
 from smoa_serve.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -31,7 +32,7 @@ from smoa_serve.errors import (
 )
 from smoa_serve.registry.revisions import Revision, default_mm_reason, engine_name, name_reason, visible_name
 from smoa_serve.residence.counting import forget_served, in_flight
-from smoa_serve.residence.engine_client import answered, ask_workers, bring_in, check_one_process
+from smoa_serve.residence.engine_client import answered, ask_workers, bring_in, check_one_process, run_dummy_batch
 from smoa_serve.residence.known import KnownResidence
 from smoa_serve.residence.ladder import Ladder, forget_metrics
 from smoa_serve.server.errors import returned, without_private_paths
@@ -109,7 +110,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
             # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager
             # engine runs none: the first request would end it.
-            await ask_workers(self.engine_client, "execute_dummy_batch")
+            await run_dummy_batch(self.engine_client)
         for module in self.static_lora_modules or []:
             if self.is_base_model(module.name) or module.name in self.revisions:
                 raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")
@@ -122,14 +123,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
             return
         try:
-            statuses = await ask_workers(self.engine_client, "smoa_status")
+            statuses = await ask_workers(self.engine_client, WorkerStatus)
         except EngineGoneError:
             raise
         except Exception as error:
             raise CompatibilityError(f"a worker runs without the smoa-serve plugin: {error}") from error
         for status in statuses:
-            if status.get("refusal"):
-                logger.warning("This engine serves LoRA adapters only: %s", status["refusal"])
+            if status.refusal:
+                logger.warning("This engine serves LoRA adapters only: %s", status.refusal)
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
@@ -352,14 +353,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides, as far as is known."""
-        steps = await self.residence.steps()
+        places = await self.residence.places()
         models = await super().show_available_models()
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:
                 card.id, card.root = revision.name, revision.requested_path
                 card.max_model_len = self.model_config.max_model_len
-                card.residence = steps.get(revision.lora_int_id)  # a field of ours: the card takes any
+                card.residence = places.get(revision.lora_int_id)  # a field of ours: the card takes any
         return models
 
 

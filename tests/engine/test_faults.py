@@ -180,7 +180,7 @@ def _unload(bench: Bench) -> None:
 
 
 def _at(step: str) -> Callable[[Bench], bool]:
-    return lambda bench: asyncio.run(bench.ladder.step(bench.revision("tried"))) == step
+    return lambda bench: asyncio.run(bench.ladder.residence(bench.revision("tried"))) == step
 
 
 def _is_gone(bench: Bench) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError, WorkerError
 from smoa_serve.residence.ladder import Ladder
 from smoa_serve.settings import MergePolicy
@@ -72,7 +73,11 @@ class Rank:
         residence = {str(number): "slot" for number in self.loaded} | {str(n): "resident" for n in self.resident}
         if self.merged is not None:
             residence[str(self.merged)] = "merged"
-        return {"residence": residence, "resident_bytes": {str(number): 8 for number in self.resident}}
+        adapters = {
+            int(number): AdapterStatus(Residence(where), resident_bytes=8 * (int(number) in self.resident))
+            for number, where in residence.items()
+        }
+        return WorkerStatus("1", lora=True, adapters=adapters).to_wire()
 
 
 class Engine:
@@ -152,7 +157,7 @@ def test_a_merge_is_staged_in_pieces_and_then_committed() -> None:
     engine = Engine()
     move = asyncio.run(merge(ladder_of(engine)))
     assert engine.calls == ["smoa_status", "add_lora", *["smoa_stage"] * PIECES, "smoa_merge"]
-    assert (move.step, move.bytes, move.lost) == ("merged", 8 * RANKS, 0.01)
+    assert (move.residence, move.bytes, move.lost) == ("merged", 8 * RANKS, 0.01)
 
 
 @pytest.mark.parametrize("pieces", [1, PIECES], ids=["while it is staged", "when it is ready"])
@@ -202,7 +207,7 @@ def test_a_move_that_fails_at_any_call_on_any_rank_is_undone_everywhere_and_can_
                 failed += 1
                 assert [rank.held for rank in engine.ranks] == [Rank().held] * RANKS, (rank, place, engine.calls)
             engine.fault = None
-            assert asyncio.run(move(ladder)).step == target
+            assert asyncio.run(move(ladder)).residence == target
             assert {rank.smoa_status()["residence"]["1"] for rank in engine.ranks} == {target}
     expected = {"refuse": PIECES, "fail": PIECES, "forget": PIECES}.get(kind, len(plain.calls))
     assert failed == RANKS * expected
@@ -221,7 +226,7 @@ def test_what_one_rank_could_not_undo_is_undone_before_the_next_move(kind: str) 
             await merge(ladder, lambda: next(answers))
         assert engine.calls[4] == "smoa_demote"
         move = await ladder.merge(OTHER, MergePolicy.COMPENSATE, 0.25)
-        assert move.step == "merged"
+        assert move.residence == "merged"
 
     asyncio.run(twice())
     assert [rank.merged for rank in engine.ranks] == [2, 2]
@@ -235,7 +240,7 @@ def test_a_refused_merge_leaves_a_resident_adapter_resident() -> None:
         await resident(ladder)
         with pytest.raises(MoveRefusedError, match="rounding"):
             await merge(ladder, max_lost=0.001)
-        assert await ladder.step(REVISION) == "resident"
+        assert await ladder.residence(REVISION) == "resident"
 
     asyncio.run(both())
 
@@ -248,7 +253,7 @@ def test_a_refused_second_merge_of_a_merged_adapter_leaves_it_merged() -> None:
         await merge(ladder)
         with pytest.raises(MoveRefusedError, match="rounding"):
             await merge(ladder, max_lost=0.001)
-        assert await ladder.step(REVISION) == "merged"
+        assert await ladder.residence(REVISION) == "merged"
 
     asyncio.run(both())
 

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from smoa_serve.engine.messages import Residence
 from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision, Target
 from smoa_serve.residence import parity
@@ -32,7 +33,7 @@ class MoveReport(BaseModel):
     """Where an adapter resides now, and what it took."""
 
     name: str
-    step: str
+    step: Residence
     seconds: float
     longest_call_ms: float = Field(description="longest that one piece of the work kept the engine from its next step")
     bytes: int
@@ -72,7 +73,7 @@ async def _move(engine: Any, ladder: Ladder, revision: Revision, target: str, op
         case "unmerge" | "slot":
             return _report(revision.name, await ladder.to_slot(revision))
         case _:
-            return _report(revision.name, Move(await ladder.step(revision), 0.0, 0.0, 0))
+            return _report(revision.name, Move(await ladder.residence(revision), 0.0, 0.0, 0))
 
 
 async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:
@@ -95,4 +96,5 @@ def _revision(revisions: dict[str, Revision], name: str) -> Revision:
 
 
 def _report(name: str, done: Move) -> MoveReport:
-    return MoveReport(name=name, **vars(done))
+    facts = dict(vars(done))
+    return MoveReport(name=name, step=facts.pop("residence"), **facts)
