@@ -242,7 +242,7 @@ class Committed(Answer):
         bytes: held for it on this worker.
     """
 
-    method = "smoa_merge"
+    method = "smoa_commit"
 
     bytes: int
 
@@ -251,4 +251,4 @@ class Committed(Answer):
 class Undone(Answer):
     """An adapter is in its slot again, if it was above it."""
 
-    method = "smoa_demote"
+    method = "smoa_undo"

@@ -16,6 +16,7 @@ from smoa_serve.engine.messages import (
     Merged,
     ReadyReport,
     Removed,
+    Residence,
     StageReport,
     Undone,
     WorkerStatus,
@@ -82,7 +83,7 @@ def smoa_leave_out(worker: Any, lora_int_ids: Collection[int]) -> LeftOut:
 @_answering
 def smoa_merged(worker: Any) -> Merged:
     """What is merged into this worker's weights."""
-    merger = _manager(worker).merger
+    merger = _manager(worker).mover.merger
     return Merged(merger.lora_id if merger.merged else None)
 
 
@@ -97,10 +98,9 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> S
         target: "merged" or "resident".
         budget_s: seconds.
     """
-    manager = _manager(worker)
-    stage = manager.stage_resident if target == "resident" else manager.stage_merge
     try:
-        return StageReport(**stage(lora_int_id, budget_s))
+        report: StageReport = _manager(worker).mover.stage(lora_int_id, Residence(target), budget_s)
+        return report
     except AdapterError as error:
         return StageReport(refused=error.reasons, lasting=not isinstance(error, AdapterBusyError))
     except Exception as error:
@@ -109,31 +109,19 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> S
 
 
 @_answering
-def smoa_merge(worker: Any, policy: str) -> Committed:
-    """Let the staged adapter be merged from the next step on; the work is done, this switches."""
-    manager = _manager(worker)
-    manager.commit_merge(MergePolicy(policy))
-    return Committed(manager.merger.nbytes)
+def smoa_commit(worker: Any, lora_int_id: int, target: str, policy: str) -> Committed:
+    """Let the staged adapter be there from the next step on; see `Mover.commit`."""
+    return Committed(_manager(worker).mover.commit(lora_int_id, Residence(target), MergePolicy(policy)))
 
 
 @_answering
-def smoa_demote(worker: Any, lora_int_id: int, target: str | None = None) -> Undone:
-    """Back to the slot: un-merge (bit for bit, checked) or give resident blocks back; nothing if it is there.
-
-    Args:
-        worker: vLLM's.
-        lora_int_id: of the adapter.
-        target: "merged" or "resident": only what belongs to that step, finished or not; None for both.
-    """
-    manager = _manager(worker)
-    if target != "resident":
-        manager.leave_merged(lora_int_id)
-    if target != "merged":
-        manager.leave_resident(lora_int_id)
+def smoa_undo(worker: Any, lora_int_id: int, target: str | None = None) -> Undone:
+    """Bring an adapter back to its slot; see `Mover.undo`."""
+    _manager(worker).mover.undo(lora_int_id, target and Residence(target))
     return Undone()
 
 
-METHODS = (smoa_status, smoa_ready, smoa_remove, smoa_leave_out, smoa_merged, smoa_stage, smoa_merge, smoa_demote)
+METHODS = (smoa_status, smoa_ready, smoa_remove, smoa_leave_out, smoa_merged, smoa_stage, smoa_commit, smoa_undo)
 
 
 def _is_ours(workers_manager: Any) -> bool:

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # How long the workers stage between two engine steps: less than a decode step of a small model.
 BUDGET_S = 0.01
+WAIT_S = 0.2  # idle workers answer within milliseconds; probes give a server a second
 
 BYTES = Gauge("smoa_adapter_bytes", "Bytes that a resident or merged adapter takes, all workers", ["adapter"])
 STEP = Gauge("smoa_adapter_step", "0 stored, 1 host, 2 slot, 3 resident, 4 merged", ["adapter"])
@@ -58,7 +59,7 @@ class Ladder:
 
     Args:
         engine: vLLM's client.
-        current: name -> the revision that it means now, None when it means none.
+        revisions: name -> the revision that it means now; kept by others.
         release: called with a revision that a move brought back into the engine and that nobody can ask for any more.
 
     Attributes:
@@ -66,28 +67,46 @@ class Ladder:
         moving: the move that is under way, in words; None when none is.
     """
 
-    def __init__(
-        self, engine: Any, current: Callable[[str], Revision | None], release: Callable[[Revision], None]
-    ) -> None:
-        self._engine, self._current, self._release = engine, current, release
+    def __init__(self, engine: Any, revisions: Mapping[str, Revision], release: Callable[[Revision], None]) -> None:
+        self._engine, self._revisions, self._release = engine, revisions, release
         self._lock = asyncio.Lock()
         self._merged: Revision | None = None
         # Moves that some worker could not undo; tried again before the next move.
         self._leftover: dict[int, Revision] = {}
+        self._known: dict[int, Residence] = {}
+        self._asking: asyncio.Task[None] | None = None
         self.pinned: set[str] = set()
         self.moving: str | None = None
 
-    @asynccontextmanager
-    async def _under_way(self, revision: Revision, target: Residence) -> AsyncIterator[None]:
-        """For the length of one move."""
-        async with self._lock:
-            self.moving = f"{revision.name} to {target}"
-            try:
-                for left in list(self._leftover.values()):
-                    await self._demote(left)
-                yield
-            finally:
-                self.moving = None
+    async def statuses(self) -> list[WorkerStatus]:
+        """What all workers know.
+
+        Raises:
+            EngineGoneError: the engine ended.
+        """
+        return await ask_workers(self._engine, WorkerStatus)
+
+    async def residence(self, revision: Revision) -> Residence:
+        """Where an adapter resides now."""
+        return on_all_workers(await self.statuses(), revision.lora_int_id).residence
+
+    async def known(self) -> Mapping[int, Residence]:
+        """lora_int_id -> where it resides now, or did when the workers answered last: told at once however long their
+        step takes.
+
+        An adapter is missing until they were asked after it was loaded. One question is under way at most.
+        """
+        if self._revisions and not self._engine.errored:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.wait({self._asking}, timeout=WAIT_S)
+        return self._known
+
+    async def _ask(self) -> None:
+        numbers = [revision.lora_int_id for revision in self._revisions.values()]
+        with suppress(EngineGoneError, WorkerError):  # which are told elsewhere
+            statuses = await self.statuses()
+            self._known = {number: on_all_workers(statuses, number).residence for number in numbers}
 
     async def merge(
         self, revision: Revision, policy: MergePolicy, max_lost: float, wanted: Callable[[], bool] = lambda: True
@@ -105,48 +124,40 @@ class Ladder:
             MoveFailedError: a worker failed half-way; no worker keeps anything of it.
             MoveRefusedError: it cannot be merged, or rounding would remove too much; the numbers.
         """
-        async with (
-            self._under_way(revision, Residence.MERGED),
-            self._undone(revision, Residence.MERGED, unless=await self.residence(revision) is Residence.MERGED),
-        ):
-            await self._refuse_second(revision)
-            begin, longest, reports = await self._stage(revision, Residence.MERGED, wanted)
-            lost: dict[str, float] = {}
-            for report in reports:
-                lost |= {name: max(share, lost.get(name, 0.0)) for name, share in report.lost.items()}
-            reasons = too_much_lost(lost, max_lost, "serve it resident, or allow more with max_lost")
-            if reasons:
-                raise MoveRefusedError(revision.name, reasons, lasting=True)
-            worst = max(lost.values(), default=0.0)
-            start = monotonic()
-            held = await ask_workers(self._engine, Committed, policy.value)
-            longest = max(longest, monotonic() - start)
-            self._require_current(revision)
-            self._merged = revision
-            return self._moved(revision, Residence.MERGED, begin, longest, sum(one.bytes for one in held), worst)
+        return await self._climb(revision, Residence.MERGED, wanted, policy, max_lost)
 
     async def make_resident(self, revision: Revision, wanted: Callable[[], bool] = lambda: True) -> Move:
-        """Keep an adapter's blocks of dW beside the weights.
+        """Keep an adapter's blocks of dW beside the weights. Arguments and errors are those of `merge`."""
+        return await self._climb(revision, Residence.RESIDENT, wanted)
 
-        Args:
-            revision: of the adapter.
-            wanted: as for `merge`.
-
-        Raises:
-            MoveAbandonedError: it was not wanted any more.
-            MoveFailedError: a worker failed half-way; no worker keeps anything of it.
-            MoveRefusedError: it is merged, or no SMoA or HiRA adapter.
-        """
-        async with self._under_way(revision, Residence.RESIDENT):
+    async def _climb(
+        self,
+        revision: Revision,
+        target: Residence,
+        wanted: Callable[[], bool],
+        policy: MergePolicy = MergePolicy.COMPENSATE,
+        max_lost: float = 1.0,
+    ) -> Move:
+        """Stage on all workers until all are ready, then commit on all; or undo on all."""
+        async with self._under_way(revision, target):
             before = await self.residence(revision)
-            if before is Residence.MERGED:
+            if before.rung > target.rung:
                 raise MoveRefusedError(revision.name, ["it is merged; un-merge it first"])
-            async with self._undone(revision, Residence.RESIDENT, unless=before is Residence.RESIDENT):
-                begin, longest, _ = await self._stage(revision, Residence.RESIDENT, wanted)
-                statuses = await self.statuses()
+            async with self._or_undone(revision, target, before):
+                if target is Residence.MERGED:
+                    await self._refuse_second(revision)
+                begin, longest, lost = await self._stage(revision, target, wanted)
+                reasons = too_much_lost(lost, max_lost, "serve it resident, or allow more with max_lost")
+                if reasons:
+                    raise MoveRefusedError(revision.name, reasons, lasting=True)
+                start = monotonic()
+                held = await ask_workers(self._engine, Committed, revision.lora_int_id, target.value, policy.value)
+                longest = max(longest, monotonic() - start)
                 self._require_current(revision)
-            size = on_all_workers(statuses, revision.lora_int_id).resident_bytes
-            return self._moved(revision, Residence.RESIDENT, begin, longest, size)
+            if target is Residence.MERGED:
+                self._merged = revision
+            worst = max(lost.values(), default=0.0) if target is Residence.MERGED else None
+            return self._moved(revision, target, begin, longest, sum(one.bytes for one in held), worst)
 
     async def to_slot(self, revision: Revision) -> Move:
         """Un-merge an adapter, or give its resident blocks back. An earlier revision of its name that is still merged
@@ -158,29 +169,44 @@ class Ladder:
         async with self._under_way(revision, Residence.SLOT):
             begin = monotonic()
             if self._merged is not None and self._merged.name == revision.name:
-                await self._demote(self._merged)
-            await self._demote(revision)
+                await self._undo(self._merged)
+            await self._undo(revision)
             return self._moved(revision, await self.residence(revision), begin, monotonic() - begin, 0)
 
     async def forget(self, revision: Revision) -> None:
         """An adapter was unloaded or replaced: what it holds beyond its slot is given back."""
         async with self._under_way(revision, Residence.SLOT):
-            await self._demote(revision)
+            await self._undo(revision)
+        self._known.pop(revision.lora_int_id, None)
 
     @asynccontextmanager
-    async def _undone(self, revision: Revision, target: Residence, *, unless: bool) -> AsyncIterator[None]:
-        """What is raised inside leaves nothing of the move on any worker, unless the adapter was there before."""
+    async def _under_way(self, revision: Revision, target: Residence) -> AsyncIterator[None]:
+        """For the length of one move."""
+        async with self._lock:
+            self.moving = f"{revision.name} to {target}"
+            try:
+                for left in list(self._leftover.values()):
+                    await self._undo(left)
+                yield
+            finally:
+                self.moving = None
+
+    @asynccontextmanager
+    async def _or_undone(self, revision: Revision, target: Residence, before: Residence) -> AsyncIterator[None]:
+        """What is raised inside leaves nothing of the move on any worker. An adapter that was there before, and still
+        is on all workers, stays."""
         try:
             yield
         except EngineGoneError:
             raise
         except BaseException as error:
             try:
-                if not unless:
-                    await self._demote(revision, target)
+                if before is not target or await self.residence(revision) is not target:
+                    await self._undo(revision, target)
             except SmoaError:
+                self._leftover[revision.lora_int_id] = revision
                 logger.exception("Undoing the move of %s failed on a worker; it is tried again", revision.name)
-            if self._current(revision.name) != revision:
+            if self._revisions.get(revision.name) != revision:
                 self._release(revision)
             ours = isinstance(error, SmoaError) and not isinstance(error, WorkerError)
             if ours or not isinstance(error, Exception):
@@ -190,7 +216,7 @@ class Ladder:
             ) from error
 
     def _require_current(self, revision: Revision) -> None:
-        if self._current(revision.name) != revision:
+        if self._revisions.get(revision.name) != revision:
             raise MoveRefusedError(revision.name, ["it was unloaded or replaced while it waited to be moved"])
 
     async def _refuse_second(self, revision: Revision) -> None:
@@ -204,8 +230,12 @@ class Ladder:
 
     async def _stage(
         self, revision: Revision, target: Residence, wanted: Callable[[], bool]
-    ) -> tuple[float, float, list[StageReport]]:
-        """Work between steps until all workers are ready: (when it began, longest call, their reports)."""
+    ) -> tuple[float, float, dict[str, float]]:
+        """Work between steps until all workers are ready.
+
+        Returns:
+            When it began, the longest call, and layer -> share of the update that rounding removes.
+        """
         self._require_current(revision)
         # Back from eviction, if it was evicted.
         await bring_in(self._engine, revision.request())
@@ -224,19 +254,12 @@ class Ladder:
             if not wanted():
                 raise MoveAbandonedError(f"adapter {revision.name} was pinned while it moved; it is in its slot")
             if all(report.ready for report in reports):
-                return begin, longest, reports
+                shares = sorted(share for report in reports for share in report.lost.items())
+                return begin, longest, dict(shares)  # of each layer, the worst is last
             await asyncio.sleep(0)
 
-    async def statuses(self) -> list[WorkerStatus]:
-        """What all workers know.
-
-        Raises:
-            EngineGoneError: the engine ended.
-        """
-        return await ask_workers(self._engine, WorkerStatus)
-
-    async def _demote(self, revision: Revision, target: Residence | None = None) -> None:
-        """Back to the slot on every worker, from one step of the ladder or (None) from any.
+    async def _undo(self, revision: Revision, target: Residence | None = None) -> None:
+        """Back to the slot on every worker, from one rung or (None) from any.
 
         Raises:
             EngineGoneError: the engine ended.
@@ -255,13 +278,10 @@ class Ladder:
         if self._merged is not None and self._merged.lora_int_id == revision.lora_int_id:
             self._merged = None
 
-    async def residence(self, revision: Revision) -> Residence:
-        """Where an adapter resides now."""
-        return on_all_workers(await self.statuses(), revision.lora_int_id).residence
-
     def _moved(
         self, revision: Revision, where: Residence, begin: float, longest_s: float, size: int, lost: float | None = None
     ) -> Move:
+        self._known[revision.lora_int_id] = where
         move = Move(where, monotonic() - begin, longest_s * 1e3, size, lost)
         BYTES.labels(revision.name).set(size)
         STEP.labels(revision.name).set(where.rung)

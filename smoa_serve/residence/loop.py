@@ -10,7 +10,7 @@ from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.engine.messages import Residence, WorkerStatus, on_all_workers
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision
-from smoa_serve.residence.counting import served
+from smoa_serve.residence.engine_client import served
 from smoa_serve.residence.ladder import BYTES, STEP, Ladder
 from smoa_serve.residence.policy import MAX_LOST, Action, Decision, Load, Others, Policy, PolicySettings, Rates
 from smoa_serve.settings import Settings

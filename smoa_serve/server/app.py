@@ -8,9 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
 from smoa_serve.engine.messages import Residence, on_all_workers
-from smoa_serve.residence.counting import served
-from smoa_serve.residence.engine_client import several_processes
-from smoa_serve.residence.ladder import Ladder
+from smoa_serve.residence.engine_client import served, several_processes
 from smoa_serve.residence.loop import LadderLoop
 from smoa_serve.server.errors import register, without_private_paths
 from smoa_serve.server.routes import residence as moves
@@ -128,11 +126,11 @@ class EndpointPlugin:
         register(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """The ladder of this server; all else is vLLM's own state."""
+        """The policy of this server; all else stands in vLLM's own state."""
         settings = Settings.from_environment()
         models = state.openai_serving_models
-        state.smoa_ladder = models.ladder = Ladder(engine_client, models.revisions.get, models.remove_later)
-        state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
+        state.smoa_ladder = models.ladder
+        state.smoa_policy = LadderLoop(engine_client, models.ladder, settings)
         if engine_client.vllm_config.lora_config is not None and not several_processes(engine_client):
             # Kept in the state: a task that nothing refers to may be collected.
             state.smoa_policy_task = asyncio.create_task(state.smoa_policy.run(state))

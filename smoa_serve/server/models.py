@@ -31,9 +31,15 @@ from smoa_serve.errors import (
     shown,
 )
 from smoa_serve.registry.revisions import Revision, default_mm_reason, engine_name, name_reason, visible_name
-from smoa_serve.residence.counting import forget_served, in_flight
-from smoa_serve.residence.engine_client import answered, ask_workers, bring_in, check_one_process, run_dummy_batch
-from smoa_serve.residence.known import KnownResidence
+from smoa_serve.residence.engine_client import (
+    answered,
+    ask_workers,
+    bring_in,
+    check_one_process,
+    forget_served,
+    in_flight,
+    run_dummy_batch,
+)
 from smoa_serve.residence.ladder import Ladder, forget_metrics
 from smoa_serve.server.errors import returned, without_private_paths
 from smoa_serve.server.paths import confine, download
@@ -54,19 +60,16 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     Attributes:
         revisions: name -> the current revision.
         store: their private copies.
-        residence: where they are, as far as is known.
-        ladder: of this server, once it serves.
+        ladder: moves them.
     """
 
     revisions: dict[str, Revision]
     store: AdapterStore
-    residence: KnownResidence
-    ladder: Ladder | None
+    ladder: Ladder
 
     def begin(self) -> None:
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
         self.revisions = {}
-        self.ladder = None
         self._settings = Settings.from_environment()
         self.store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +78,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         self._draining: set[str] = set()
         self._entering: Counter[str] = Counter()
         self._copies = PrivateCopies(self.store, self._stage_again)
-        self.residence = KnownResidence(self.engine_client, self.revisions)
+        self.ladder = Ladder(self.engine_client, self.revisions, self.remove_later)
         self.lora_resolver_lock = NameLocks()
         self.engine_client.smoa_models = self
         processor = getattr(self.engine_client, "output_processor", None)
@@ -203,7 +206,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     async def _drain(self, name: str, number: int) -> None:
         try:
             known = self._known.get(name)
-            if self.ladder is not None and known is not None:
+            if known is not None:
                 with suppress(MoveFailedError, WorkerError):  # tried again before the next move
                     await self.ladder.forget(known)
             while True:
@@ -317,8 +320,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             check_one_process(self.engine_client, f"adapter {request.lora_name!r} stays loaded")
             del self.lora_requests[request.lora_name]
             revision = self.revisions.pop(request.lora_name)
-            if self.ladder is not None:
-                self.ladder.pinned.discard(revision.name)
+            self.ladder.pinned.discard(revision.name)
             self.remove_later(revision)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
@@ -353,7 +355,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides, as far as is known."""
-        places = await self.residence.places()
+        places = await self.ladder.known()
         models = await super().show_available_models()
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))

@@ -56,7 +56,6 @@ async def move(
     check_one_process(state.engine_client, "adapters stay where they are")
     revision = _revision(state.openai_serving_models.revisions, name)
     report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
-    state.openai_serving_models.residence.note(revision.lora_int_id, report.step)
     if target == "unpin":
         ladder.pinned.discard(name)
     elif name in state.openai_serving_models.revisions:  # pins end with the name
