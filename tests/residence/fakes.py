@@ -20,6 +20,7 @@ from smoa_serve.errors import AdapterBusyError, AdapterError
 
 RANKS, LAYERS, SLOTS = 2, 2, 2
 SIZE = 4
+LOST = 0.01  # share of an update that goes missing in a merged weight
 # Calls of `smoa_stage` until a move is ready, when each does one piece: for each layer a merge takes a checksum, the
 # first time, then it opens, puts one block, packs and holds.
 PIECES = {"merged": LAYERS * 5 + 1, "resident": LAYERS + 1}
@@ -87,7 +88,7 @@ class Bank:
         assert entry is not None
         self._reach()
         update, before = self.delta(entry.lora_id), self.original[:2, :2]
-        yield MergedBlock(0, torch.arange(2), torch.arange(2), update, before, before + update)
+        yield MergedBlock(0, torch.arange(2), torch.arange(2), update, before, before + (1 - LOST) * update)
 
     def hold_merged(self, slot: int, back: Sequence[Sequence[Tensor]]) -> None:
         self._reach()
