@@ -5,7 +5,6 @@ one round of repairs is enough.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 _SHOWN = 100  # reasons in a message, of which a file may give a million
 _SHOWN_CHARACTERS = 1000
@@ -107,18 +106,6 @@ class MoveFailedError(SmoaError):
 
 class WorkerError(SmoaError):
     """A worker could not do what all workers were asked for."""
-
-
-def raised_or(answers: list[Any], doing: str) -> list[Any]:
-    """The answers of all workers to a method, of `engine/rpc.py` or vLLM's own.
-
-    Raises:
-        WorkerError: what the workers raised.
-    """
-    raised = sorted({answer["raised"] for answer in answers if isinstance(answer, dict) and "raised" in answer})
-    if raised:
-        raise WorkerError(f"{doing} failed on a worker: {'; '.join(raised)}")
-    return answers
 
 
 def reasons_of(error: BaseException) -> list[str]:

@@ -98,7 +98,7 @@ def _enter_message_queue(module: ModuleType) -> None:
 
 
 def _enter_async_engine(module: ModuleType) -> None:
-    from smoa_serve.residence.counting import enter_request
+    from smoa_serve.residence.engine_client import enter_request
 
     wrapt.wrap_function_wrapper(module, "AsyncLLM.add_request", enter_request)
 

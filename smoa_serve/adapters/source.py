@@ -35,9 +35,12 @@ class Identified(Protocol):
     """What a file holds: an `Adapter` or a `LoraAdapter`."""
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """sha256 (hex) of everything that changes the maths."""
+
     @property
-    def order(self) -> OrderStatus | None: ...
+    def order(self) -> OrderStatus | None:
+        """Where the block ids come from; None for LoRA."""
 
 
 Content = TypeVar("Content", bound=Identified)

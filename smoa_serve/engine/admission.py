@@ -7,7 +7,7 @@ sees every call that moves adapters, and keeps the prefix cache free of what mer
 
 import logging
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -16,7 +16,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from smoa_serve.engine.host.compat import check_signatures
-from smoa_serve.errors import AdapterError, raised_or
+from smoa_serve.engine.messages import Answer, Committed, LeftOut, Merged, ReadyReport, Removed, Undone, WorkerStatus
+from smoa_serve.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 FAILED = "smoa-serve: "
 _ATTRIBUTE = "smoa_admission"
 # Calls of all workers that move no adapter.
-_WITHOUT_MOVES = frozenset({"smoa_status", "smoa_merged"})
+_WITHOUT_MOVES = frozenset({WorkerStatus.method, Merged.method})
+Reply = TypeVar("Reply", bound=Answer)
 
 
 class AdapterAdmission:
@@ -92,18 +94,18 @@ class AdapterAdmission:
             lora_int_id -> every reason of every worker, for those that failed: the next step has none of theirs.
         """
         self.notice()
-        answers = self.call("smoa_ready", list(requests))
+        answers = self.call(ReadyReport, list(requests))
         reasons: dict[int, list[str]] = {}
         for answer in answers:
-            for number, found in answer["failed"].items():
+            for number, found in answer.failed.items():
                 known = reasons.setdefault(number, [])
                 known.extend(reason for reason in found if reason not in known)
         if reasons:
             # Those that have one give it up: the next try begins afresh everywhere. What is in the slots is asked for
             # again with the next step.
-            self.call("smoa_leave_out", list(reasons))
+            self.call(LeftOut, list(reasons))
         else:
-            first, *others = (answer["active"].items() for answer in answers)
+            first, *others = (answer.active.items() for answer in answers)
             self._active = dict(set(first).intersection(*others))
         return reasons
 
@@ -147,7 +149,7 @@ class AdapterAdmission:
     def clean(self) -> None:
         """Where nothing is merged any more, nothing that was computed on merged weights is found in the prefix cache:
         rounded into the model's dtype, they are not quite the base's plus the update."""
-        if not self._tainted or any(answer["merged"] is not None for answer in self.call("smoa_merged")):
+        if not self._tainted or any(answer.merged is not None for answer in self.call(Merged)):
             return
         manager = self._scheduler.kv_cache_manager
         manager.evict_blocks(set(range(len(manager.block_pool.blocks))))
@@ -158,13 +160,13 @@ class AdapterAdmission:
             request.update_block_hashes()
         self._tainted = False
 
-    def call(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+    def call(self, kind: type[Reply], *arguments: Any) -> list[Reply]:
         """Ask all workers.
 
         Raises:
             WorkerError: one failed.
         """
-        return raised_or(self._executor.collective_rpc(method, args=arguments), method)
+        return kind.of_workers(self._executor.collective_rpc(kind.method, args=arguments))
 
 
 def _check_seams(scheduler: Any) -> None:
@@ -223,9 +225,7 @@ def remove_lora(wrapped: Callable[..., Any], core: Any, args: tuple[Any, ...], k
         return wrapped(*args, **kwargs)
     admission.notice()
     try:
-        return any(
-            answer["removed"] for answer in admission.call("smoa_remove", args[0] if args else kwargs["lora_id"])
-        )
+        return any(answer.removed for answer in admission.call(Removed, args[0] if args else kwargs["lora_id"]))
     finally:
         admission.clean()
 
@@ -236,12 +236,12 @@ def collective_rpc(wrapped: Callable[..., Any], core: Any, args: tuple[Any, ...]
     if admission is None or method in _WITHOUT_MOVES:
         return wrapped(*args, **kwargs)
     admission.notice()
-    if method == "smoa_merge":
+    if method == Committed.method:
         admission.may_taint()
     try:
         return wrapped(*args, **kwargs)
     finally:
-        if method == "smoa_demote":
+        if method == Undone.method:
             admission.clean()
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,21 +27,30 @@ class WeightExchange(ABC):
     nbytes: int = 0
     free: bool = False
 
-    @abstractmethod
-    def begin(self) -> Iterator[None]:
-        """Prepares for `put`, in pieces of a few milliseconds. Until `switch` the served weight is only read."""
-
-    @abstractmethod
-    def put(self, rows: Tensor, block: MergedBlock) -> None:
-        """Takes a block of `W + dW`.
+    def stage(self, blocks: Iterable[tuple[Tensor, MergedBlock]]) -> Iterator[None]:
+        """Makes the merged weight, in pieces of a few milliseconds. Until `switch` the served weight is only read.
 
         Args:
-            rows: [m] its rows in the whole layer, slices one below the other.
-            block: the rest of it.
+            blocks: of `W + dW`, each after its rows [m] in the whole layer, slices one below the other.
         """
+        yield from self._open()
+        yield
+        for rows, block in blocks:
+            self._put(rows, block)
+            yield
+        self._pack()
+        yield
+
+    def _open(self) -> Iterator[None]:
+        """Prepares for `_put`, in pieces."""
+        return iter(())
 
     @abstractmethod
-    def finish(self) -> None:
+    def _put(self, rows: Tensor, block: MergedBlock) -> None:
+        """Takes one of the blocks of `stage`."""
+
+    @abstractmethod
+    def _pack(self) -> None:
         """Makes what was put ready to be switched to."""
 
     @abstractmethod
@@ -49,7 +58,7 @@ class WeightExchange(ABC):
         """Original to merged, or back: what a step waits for. When it raises, the weight is as it was."""
 
     @abstractmethod
-    def drop(self) -> None:
+    def undo(self) -> None:
         """Gives the staged weight back; the original has to be served."""
 
     @abstractmethod
@@ -75,18 +84,18 @@ class HandlerExchange(WeightExchange):
         self._merged: Tensor | None = None
         self._other: Any = None
 
-    def begin(self) -> Iterator[None]:
+    def _open(self) -> Iterator[None]:
         """See the base class. Holds another weight of the layer's full size."""
         yield from self._weight.recover()
         # A copy: an adapter that is read meanwhile takes its blocks from the original.
         self._merged = self._weight.whole().clone()
 
-    def put(self, rows: Tensor, block: MergedBlock) -> None:
+    def _put(self, rows: Tensor, block: MergedBlock) -> None:
         """See the base class."""
         assert self._merged is not None
         self._merged[rows[:, None], block.cols] = block.after
 
-    def finish(self) -> None:
+    def _pack(self) -> None:
         """See the base class."""
         from vllm import _custom_ops as ops
 
@@ -102,7 +111,7 @@ class HandlerExchange(WeightExchange):
         ours.copy_(theirs)
         theirs.fill_(served)
 
-    def drop(self) -> None:
+    def undo(self) -> None:
         """See the base class."""
         self._merged, self._other, self.nbytes = None, None, 0
 
@@ -133,16 +142,12 @@ class PlainExchange(WeightExchange):
         self._blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._merged = False
 
-    def begin(self) -> Iterator[None]:
-        """See the base class."""
-        return iter(())
-
-    def put(self, rows: Tensor, block: MergedBlock) -> None:
+    def _put(self, rows: Tensor, block: MergedBlock) -> None:
         """See the base class. Holds the block and a copy of the one it replaces."""
         self._blocks.append((rows, block.cols, self._served[rows[:, None], block.cols], block.after))
         self.nbytes += 2 * block.after.nbytes
 
-    def finish(self) -> None:
+    def _pack(self) -> None:
         """See the base class."""
 
     def switch(self) -> None:
@@ -158,7 +163,7 @@ class PlainExchange(WeightExchange):
         for rows, cols, old, new in self._blocks:
             self._served[rows[:, None], cols] = new if merged else old
 
-    def drop(self) -> None:
+    def undo(self) -> None:
         """See the base class."""
         assert not self._merged
         self._blocks, self.nbytes = [], 0

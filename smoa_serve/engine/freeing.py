@@ -109,19 +109,9 @@ class FreeingManager(LRUCacheLoRAModelManager):
         for lora_id in known:
             self._forget_blocks(lora_id)
 
-    def memory(self) -> dict[str, Any]:
-        """What adapters hold in this worker.
-
-        Returns:
-            host_bytes: str(lora_int_id) -> bytes of factors and block ids in host memory.
-            contents: of each slot, the number of the adapter that is in it, or None.
-            partitions: blocks of W held, counted by layer and slice.
-        """
-        return {
-            "host_bytes": {str(lora_id): _host_bytes(model) for lora_id, model in self.list_adapters().items()},
-            "contents": list(self.lora_index_to_id),
-            "partitions": sum(bank.num_partitions for bank in self._banks),
-        }
+    def host_bytes(self) -> dict[int, int]:
+        """lora_int_id -> bytes of factors and block ids in host memory."""
+        return {lora_id: _host_bytes(model) for lora_id, model in self.list_adapters().items()}
 
 
 def _host_bytes(model: LoRAModel) -> int:

@@ -15,20 +15,22 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.models import supports_multimodal
 from vllm.utils.platform_utils import is_pin_memory_available
 
+from smoa_serve import __version__
 from smoa_serve.adapters.model import Adapter, ModuleUpdate
 from smoa_serve.adapters.overflow import overflow_reasons
 from smoa_serve.engine import linear as layers
 from smoa_serve.engine import quantized
 from smoa_serve.engine.bind import bind_modules, check_lora_factors
-from smoa_serve.engine.freeing import SmoaModel
+from smoa_serve.engine.freeing import FreeingManager, SmoaModel
 from smoa_serve.engine.host import compiling, logits
 from smoa_serve.engine.merging import WeightChecksumError
-from smoa_serve.engine.moving import MovingManager
-from smoa_serve.errors import AdapterError
+from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
+from smoa_serve.engine.mover import Mover
+from smoa_serve.errors import AdapterBusyError, AdapterError
 from smoa_serve.settings import Settings
 
 
-class SmoaModelManager(MovingManager):
+class SmoaModelManager(FreeingManager):
     """Keeps SMoA, HiRA and LoRA adapters in the same slots and caches.
 
     Attributes:
@@ -55,7 +57,8 @@ class SmoaModelManager(MovingManager):
         self._whole = Settings.from_environment().engine.one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
-        self.begin_moving()
+        self._added = 0
+        self._block_bytes: tuple[object, dict[int, int]] = (None, {})
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
         self.captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
@@ -74,6 +77,13 @@ class SmoaModelManager(MovingManager):
                 "start the server without --lora-dtype"
             )
         return None
+
+    @cached_property
+    def mover(self) -> Mover:
+        """Moves adapters above their slots; first asked for when every layer is registered."""
+        graphs = "the differences for other requests are in no captured CUDA graph; start with --enforce-eager"
+        wrapped = {name: layer for name, layer in self.modules.items() if isinstance(layer, layers.SmoaLinearMixin)}
+        return Mover(wrapped, self, merge_refusal=graphs if self.captured else None)
 
     def register_module(self, module_name: str, module: BaseLayerWithLoRA) -> None:
         """Called by vLLM for every layer it wrapped."""
@@ -165,8 +175,40 @@ class SmoaModelManager(MovingManager):
         """
         check_lora_factors(self, lora, source)
 
+    def slot_of(self, lora_id: int) -> int:
+        """The slot of a SMoA or HiRA adapter, which is brought into one if it is in none.
+
+        Raises:
+            AdapterBusyError: there is no such adapter here.
+            AdapterError: it is of another kind.
+        """
+        if self.smoa_refusal is not None:
+            raise AdapterError(f"adapter {lora_id}", self.smoa_refusal)
+        model = self._registered_adapters.cache.get(lora_id)
+        if model is None:
+            raise AdapterBusyError(f"adapter {lora_id}", "it is not in the engine")
+        if not isinstance(model, SmoaModel):
+            raise AdapterError(f"adapter {lora_id}", "only SMoA and HiRA adapters can be moved")
+        self.activate_adapter(lora_id)
+        return int(self.lora_index_to_id.index(lora_id))
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        self.mover.lose_slot(lora_id)
+        super()._deactivate_adapter(lora_id)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forget an adapter, and what is merged of it."""
+        self.mover.forget(adapter_id)
+        return super().remove_adapter(adapter_id)
+
+    def remove_all_adapters(self) -> None:
+        """Forget every adapter, slots included."""
+        self.mover.forget_all()
+        super().remove_all_adapters()
+        self.mover.changes += 1
+
     def _add_adapter(self, lora: LoRAModel) -> None:
-        self._content_version += 1
+        self._added += 1
         if isinstance(lora, SmoaModel):
             # Already packed and bound: vLLM's packing of LoRA weights does not apply.
             self._registered_adapters[lora.id] = lora
@@ -175,9 +217,9 @@ class SmoaModelManager(MovingManager):
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """Write the step's maps, unless nothing changed: neither the batch, nor the slots, nor what they hold."""
-        if self.merger.broken is not None:
-            raise WeightChecksumError(self.merger.broken)
-        seen = (mapping, tuple(self.lora_index_to_id), self._content_version)
+        if self.mover.merger.broken is not None:
+            raise WeightChecksumError(self.mover.merger.broken)
+        seen = (mapping, tuple(self.lora_index_to_id), self._added, self.mover.changes)
         if seen != self._seen:
             self._set_adapter_mapping(mapping)
             self.traffic.begin(mapping.index_mapping)
@@ -192,7 +234,7 @@ class SmoaModelManager(MovingManager):
         }
         for lora_id, slot in smoa_slots.items():
             adapter = self._registered_adapters.cache[lora_id].adapter
-            self.plan.describe(slot, adapter.max_rank, lora_id in self._resident)
+            self.plan.describe(slot, adapter.max_rank, lora_id in self.mover.residents)
         if mapping.type is LoRAMappingType.LANGUAGE:
             self._update_plan(mapping.index_mapping, smoa_slots)
         if smoa_slots:
@@ -206,12 +248,68 @@ class SmoaModelManager(MovingManager):
 
     def _update_plan(self, token_lora_ids: tuple[int, ...], smoa_slots: dict[int, int]) -> None:
         """The step's map, and with it the weights that the step runs on: every rank sees the same tokens."""
-        merged_id = self.merger.lora_id
-        wanted = self.merger.wants(token_lora_ids, smoa_slots) if merged_id is not None else False
-        active = self.merger.settle(wanted)
-        if active and merged_id is not None:
-            smoa_slots = smoa_slots | {merged_id: self.lora_slots}
+        merger = self.mover.merger
+        active = merger.for_step(token_lora_ids, smoa_slots)
+        if active and merger.lora_id is not None:
+            smoa_slots = smoa_slots | {merger.lora_id: self.lora_slots}
         self.plan.update(_token_slots(token_lora_ids, smoa_slots), merged=active)
+
+    def status(self) -> WorkerStatus:
+        """What this worker knows."""
+        layers = list(self.mover.layers.values())
+        return WorkerStatus(
+            __version__,
+            lora=True,
+            refusal=self.smoa_refusal,
+            switches_freely=self.mover.merger.switches_freely,
+            cost=layers[0].smoa_bank.cost if layers else None,
+            steps=self.traffic.steps,
+            layers=len(layers),
+            weight_bytes=sum(layer.smoa_weight.dequantized_bytes for layer in layers),
+            contents=list(self.lora_index_to_id),
+            partitions=sum(layer.smoa_bank.num_partitions for layer in layers),
+            partition_bytes=sum(layer.smoa_bank.partition_bytes for layer in layers),
+            adapters=self._adapter_statuses(),
+        )
+
+    def _adapter_statuses(self) -> dict[int, AdapterStatus]:
+        columns: dict[str, dict[int, Any]] = {
+            "residence": self._residence(),
+            "resident_bytes": self.mover.held_bytes(),
+            "block_bytes": self._bytes_of_blocks(),
+            "host_bytes": self.host_bytes(),
+            "tokens": self.traffic.tokens(),
+            "alone": self.traffic.alone(),
+            "alone_steps": self.traffic.alone_steps(),
+        }
+        return {
+            lora_id: AdapterStatus(**{name: found[lora_id] for name, found in columns.items() if lora_id in found})
+            for lora_id in set().union(*columns.values())
+        }
+
+    def _residence(self) -> dict[int, Residence]:
+        active, known = self._active_adapters, self.list_adapters()
+        below = {lora_id: Residence.SLOT if lora_id in active else Residence.HOST for lora_id in known}
+        return below | self.mover.committed
+
+    def _bytes_of_blocks(self) -> dict[int, int]:
+        """lora_int_id -> bytes of the blocks of W that an adapter in a slot uses."""
+        state = self._added, self.mover.changes, tuple(self.lora_index_to_id)
+        if state != self._block_bytes[0]:  # the policy asks every few seconds, and a step waits meanwhile
+            self._block_bytes = state, self._count_block_bytes()
+        return self._block_bytes[1]
+
+    def _count_block_bytes(self) -> dict[int, int]:
+        return {
+            lora_id: sum(
+                entry.partition.block_numbers * layer.smoa_bank.dtype.itemsize
+                for layer in self.mover.layers.values()
+                for entry in layer.smoa_bank.slots[slot]
+                if entry is not None
+            )
+            for slot, lora_id in enumerate(self.lora_index_to_id)
+            if lora_id is not None and isinstance(self._registered_adapters.cache.get(lora_id), SmoaModel)
+        }
 
     def touch_active(self, lora_ids: set[int]) -> None:
         """Mark adapters as just used, so that making room for others of the same step takes none of them."""

@@ -1,16 +1,15 @@
-"""One adapter folded into the base weights of a worker: staged in pieces between steps, switched in place."""
+"""One adapter folded into the base weights of a worker: what `mover` stages, commits and undoes, and what each step
+switches in place."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from time import monotonic
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from smoa_kernels import DEFAULT_COST, CostModel, LayerBank
+from smoa_kernels import DEFAULT_COST, CostModel, LayerBank, MergedBlock
 from torch import Tensor
 
 from smoa_serve.adapters.rounding import Lost
@@ -26,26 +25,6 @@ class WeightChecksumError(SmoaError):
     """A base weight is not what it was when the server started: nothing may be served from it."""
 
 
-@dataclass
-class _Staged:
-    """An adapter on its way into the weights.
-
-    Attributes:
-        lora_id: vLLM's number of it; slot: where its factors are.
-        work: what is left to do; ready: nothing is.
-        finished: layers done; layers: how many there are.
-        lost: per layer.
-    """
-
-    lora_id: int
-    slot: int
-    work: Iterator[None]
-    layers: int
-    finished: int = 0
-    ready: bool = False
-    lost: dict[str, Lost] = field(default_factory=dict)
-
-
 class Merger:
     """The merged state of one worker.
 
@@ -53,7 +32,7 @@ class Merger:
         layers: module name -> layer that takes SMoA deltas.
 
     Attributes:
-        layers: as given.
+        lora_id: vLLM's number of the adapter that is merged, or of the one that is being staged.
         merged: whether switching is possible; active: whether the weights hold the update now.
         policy: of the merged adapter.
         broken: why nothing may be served any more; None while every weight is known to be whole.
@@ -61,10 +40,11 @@ class Merger:
     """
 
     def __init__(self, layers: dict[str, SmoaLinearMixin]) -> None:
-        self.layers = layers
+        self._layers = layers
         self._exchanges: dict[str, WeightExchange] = {}
         self._checksums: dict[str, bytes] = {}
-        self._staged: _Staged | None = None
+        self._lost: dict[str, Lost] = {}
+        self.lora_id: int | None = None
         self.merged = self.active = False
         self._one_pass, self._rank, self._cost = False, 0, DEFAULT_COST
         self.policy = MergePolicy.COMPENSATE
@@ -74,23 +54,26 @@ class Merger:
     @cached_property
     def switches_freely(self) -> bool:
         """Whether switching takes no time, so that no step is slower for anything being merged."""
-        exchanges = [exchange_of(layer.base_layer, layer.smoa_weight) for layer in self.layers.values()]
+        exchanges = [exchange_of(layer.base_layer, layer.smoa_weight) for layer in self._layers.values()]
         return all(isinstance(exchange, str) or exchange.free for exchange in exchanges)
 
     @property
-    def lora_id(self) -> int | None:
-        """vLLM's number of the merged adapter, or of the one that is being staged."""
-        return None if self._staged is None else self._staged.lora_id
+    def lost(self) -> dict[str, float]:
+        """Layer -> share of the update that rounding removes, as far as it is staged."""
+        return {name: lost.share for name, lost in self._lost.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes held for it on this worker: staged weights, and the difference for other requests."""
         return sum(exchange.nbytes for exchange in self._exchanges.values()) + sum(
-            layer.smoa_bank.merged_bytes for layer in self.layers.values()
+            layer.smoa_bank.merged_bytes for layer in self._layers.values()
         )
 
-    def begin(self, lora_id: int, slot: int) -> None:
-        """Start to stage the adapter that a slot holds.
+    def stage(self, lora_id: int, slot: int) -> tuple[int, Iterator[bool]]:
+        """Prepare to merge the adapter that a slot holds; nothing else is being staged.
+
+        Returns:
+            How many layers there are, and the work in pieces: True for the last one of a layer.
 
         Raises:
             AdapterBusyError: another adapter is merged.
@@ -98,15 +81,9 @@ class Merger:
         """
         if self.untidy:
             self._drop()
-        staged = self._staged
-        if staged is not None:
-            if self.merged and staged.lora_id != lora_id:
-                raise AdapterBusyError(f"adapter {lora_id}", "another adapter is merged; un-merge it first")
-            if staged.lora_id == lora_id and (staged.ready or staged.slot == slot):
-                return
-            # Its slot was taken meanwhile, and now it is in another one; or whoever staged another adapter gave it up.
-            self._drop()
-        touched = {name: layer for name, layer in self.layers.items() if any(_live(layer, slot))}
+        if self.merged:
+            raise AdapterBusyError(f"adapter {lora_id}", "another adapter is merged; un-merge it first")
+        touched = {name: layer for name, layer in self._layers.items() if any(_live(layer, slot))}
         exchanges: dict[str, WeightExchange] = {}
         refused: dict[str, list[str]] = {}  # reason -> layers, of which a model has hundreds
         for name, layer in touched.items():
@@ -118,87 +95,70 @@ class Merger:
         if refused:
             reasons = [f"{_named(names)} cannot be merged: {reason}" for reason, names in refused.items()]
             raise AdapterError(f"adapter {lora_id}", reasons)
-        self._exchanges = exchanges
-        self._staged = _Staged(lora_id, slot, iter(()), len(exchanges))
-        self._staged.work = self._stage(self._staged, slot)
-
-    def work(self, budget_s: float) -> dict[str, Any]:
-        """Stage for about so long. What fails is given up: nothing of it stays.
-
-        Returns:
-            ready, finished and layers; once ready: lost (per layer, the share of the update that rounding removes).
-        """
-        staged = self._staged
-        if staged is None:
-            raise AdapterBusyError("merging", "nothing is being staged")
-        deadline = monotonic() + budget_s
-        try:
-            while not staged.ready and monotonic() < deadline:
-                staged.ready = next(staged.work, "end") == "end"
-        except BaseException:
-            self._drop()
-            raise
-        report = {"ready": staged.ready, "finished": staged.finished, "layers": staged.layers}
-        return report | {"lost": {name: lost.share for name, lost in staged.lost.items()} if staged.ready else {}}
+        self._exchanges, self.lora_id, self._lost = exchanges, lora_id, {}
+        return len(exchanges), self._stage(slot)
 
     @torch.inference_mode()
-    def _stage(self, staged: _Staged, slot: int) -> Iterator[None]:
+    def _stage(self, slot: int) -> Iterator[bool]:
         for name, exchange in self._exchanges.items():
-            layer = self.layers[name]
             if name not in self._checksums:
                 self._checksums[name] = exchange.checksum()
-                yield
-            lost = staged.lost[name] = Lost()
-            yield from self._stage_layer(exchange, layer.smoa_bank, slot, lost)
-            staged.finished += 1
-            yield
-        touched = [self.layers[name] for name in self._exchanges]
+                yield False
+            lost = self._lost[name] = Lost()
+            for _ in self._stage_layer(exchange, self._layers[name].smoa_bank, slot, lost):
+                yield False
+            yield True
+        touched = [self._layers[name] for name in self._exchanges]
         self._one_pass = all(_whole(layer, slot) for layer in touched)
         ranks = [entry.rank for layer in touched for entry in layer.smoa_bank.slots[slot] if entry is not None]
         self._rank = max(ranks, default=0)
         if touched:
             self._cost = touched[0].smoa_bank.cost
-        for name, layer in self.layers.items():
+        for name, layer in self._layers.items():
             if name not in self._exchanges:
                 layer.smoa_bank.hold_merged(slot, [()] * len(layer.smoa_bank.slices))
 
     @staticmethod
     def _stage_layer(exchange: WeightExchange, bank: LayerBank, slot: int, lost: Lost) -> Iterator[None]:
         """A block at a time: each is formed once, for the weight, for what rounding removes and for what others get."""
-        yield from exchange.begin()
-        yield
         back: list[list[Tensor]] = [[] for _ in bank.slices]
         offsets = [sum(bank.slices[:index]) for index in range(len(bank.slices))]
-        for block in bank.merged_blocks(slot):
-            exchange.put(offsets[block.index] + block.rows, block)
-            lost.add(block.update, block.after.float() - block.before.float())
-            back[block.index].append(block.back)
-            yield
-        exchange.finish()
-        yield
+
+        def blocks() -> Iterator[tuple[Tensor, MergedBlock]]:
+            for block in bank.merged_blocks(slot):
+                lost.add(block.update, block.after.float() - block.before.float())
+                back[block.index].append(block.back)
+                yield offsets[block.index] + block.rows, block
+
+        yield from exchange.stage(blocks())
         bank.hold_merged(slot, back)
 
-    def commit(self, policy: MergePolicy) -> None:
-        """The staged adapter counts as merged from the next step on.
-
-        Raises:
-            AdapterBusyError: it is not staged in every layer.
-        """
-        staged = self._staged
-        whole = staged is not None and staged.ready and staged.finished == staged.layers == len(self._exchanges)
-        if not whole or not all(layer.smoa_bank.merged for layer in self.layers.values()):
-            raise AdapterBusyError("merging", "the adapter is not staged yet")
-        self.policy, self.merged = policy, True
+    def commit(self) -> None:
+        """The staged adapter counts as merged from the next step on."""
+        assert all(layer.smoa_bank.merged for layer in self._layers.values()), "a half-staged adapter"
+        self.merged = True
         for name in self._exchanges:
-            self.layers[name].smoa_weight.original = self._as_original
+            self._layers[name].smoa_weight.original = self._as_original
 
-    def wants(self, token_lora_ids: Sequence[int], slots: Mapping[int, int]) -> bool:
-        """Whether a step runs on the merged weights.
+    def for_step(self, token_lora_ids: Sequence[int], slots: Mapping[int, int]) -> bool:
+        """Put the merged weights in place for a step, or the original ones.
 
         Args:
             token_lora_ids: adapter of each token, 0 for the base.
             slots: adapter -> slot, of those that are SMoA.
+
+        Returns:
+            Whether the merged ones are. A switch that fails leaves those that were, and they serve everybody too.
         """
+        try:
+            self._switch(self._wants(token_lora_ids, slots))
+        except WeightChecksumError:
+            raise
+        except Exception:
+            logger.exception("Weights stay as they are: switching them failed")
+        return self.active
+
+    def _wants(self, token_lora_ids: Sequence[int], slots: Mapping[int, int]) -> bool:
         if not self.merged:
             return False
         present = Counter(token_lora_ids)
@@ -214,22 +174,8 @@ class Merger:
             self._cost, self._rank, own, present.total(), bool(present.keys() & slots.keys()), one_pass
         )
 
-    def settle(self, wanted: bool) -> bool:
-        """Put the merged weights in place for a step, or the original ones.
-
-        Returns:
-            Which are in place. A switch that fails leaves those that were, and they serve everybody too.
-        """
-        try:
-            self.set_active(wanted)
-        except WeightChecksumError:
-            raise
-        except Exception:
-            logger.exception("Weights stay as they are: switching them failed")
-        return self.active
-
     @torch.inference_mode()
-    def set_active(self, active: bool) -> None:
+    def _switch(self, active: bool) -> None:
         """Puts the merged weights in place, or the original ones: in every layer or in none.
 
         Raises:
@@ -254,13 +200,13 @@ class Merger:
     @contextmanager
     def _as_original(self) -> Iterator[None]:
         active = self.active
-        self.set_active(False)
+        self._switch(False)
         try:
             yield
         finally:
-            self.set_active(active)
+            self._switch(active)
 
-    def end(self) -> None:
+    def undo(self) -> None:
         """Un-merge, or give up staging. After un-merging, every weight is compared with what it was; where that raises
         anything else than the error below, the adapter is still merged.
 
@@ -268,7 +214,7 @@ class Merger:
             WeightChecksumError: one is not.
         """
         if self.merged:
-            self.set_active(False)
+            self._switch(False)
             self._compare()
         self._drop()
 
@@ -290,22 +236,31 @@ class Merger:
     def _drop(self) -> None:
         """Give back all that was staged; the original weights have to be in place."""
         self._dropping += self._exchanges.values()
-        self._exchanges, self._staged, self.merged, self.untidy = {}, None, False, True
-        try:
-            self._drop_layers()
-        except Exception:
-            logger.exception("Giving back what was staged failed in a layer; it is tried once more")
-            self._drop_layers()
-
-    def _drop_layers(self) -> None:
-        with ExitStack() as stack:  # every layer, whatever another one raises
-            for layer in self.layers.values():
-                stack.callback(layer.smoa_bank.drop_merged)
-                stack.callback(layer.smoa_weight.close)
-                stack.callback(layer.smoa_weight.reset_original)
-            for exchange in self._dropping:
-                stack.callback(exchange.drop)
+        self._exchanges, self.lora_id, self.merged, self.untidy = {}, None, False, True
+        in_every_layer(
+            [
+                *(exchange.undo for exchange in self._dropping),
+                *(layer.smoa_weight.reset_original for layer in self._layers.values()),
+                *(layer.smoa_weight.close for layer in self._layers.values()),
+                *(layer.smoa_bank.drop_merged for layer in self._layers.values()),
+            ]
+        )
         self._dropping, self.untidy = [], False
+
+
+def in_every_layer(undo: Sequence[Callable[[], object]]) -> None:
+    """Give back what layers hold: all of it, whatever one of them raises, and once more where one does."""
+    try:
+        _call_all(undo)
+    except Exception:
+        logger.exception("Giving back what was staged failed in a layer; it is tried once more")
+        _call_all(undo)
+
+
+def _call_all(calls: Sequence[Callable[[], object]]) -> None:
+    with ExitStack() as stack:
+        for call in reversed(calls):
+            stack.callback(call)
 
 
 def merged_is_cheaper(cost: CostModel, rank: int, own: int, others: int, adapters: bool, one_pass: bool) -> bool:

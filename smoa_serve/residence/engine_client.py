@@ -1,19 +1,26 @@
-"""Calls of the engine that end when the engine does."""
+"""The engine as the API server has it: calls that end when it does, and the requests that enter it, counted."""
 
 import asyncio
-from collections.abc import Awaitable
+import inspect
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from time import monotonic
 from typing import Any, TypeVar
 
-from smoa_serve.errors import EngineGoneError, SeveralProcessesError, raised_or
+from smoa_serve.engine.messages import Answer
+from smoa_serve.errors import EngineGoneError, SeveralProcessesError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Reply = TypeVar("Reply", bound=Answer)
 
+_ATTRIBUTE = "smoa_requests"
+_LEFT = ""  # under which the requests of revisions that have left are counted
 _LOOK_S = 0.5  # how often it is asked whether the engine still lives
 _NOTICE_S = 0.5  # an engine that ends fails the call it is in first, and is known to have ended a little later
 
 
-async def answered(engine: Any, call: Awaitable[Answer], doing: str) -> Answer:
+async def answered(engine: Any, call: Awaitable[Result], doing: str) -> Result:
     """What the engine answers to a call that is no generation: `collective_rpc`, `add_lora`, `remove_lora`.
 
     vLLM tells generations that the engine ended, and leaves such calls without an answer for ever. A request that waits
@@ -65,14 +72,29 @@ def check_one_process(engine: Any, consequence: str) -> None:
         )
 
 
-async def ask_workers(engine: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
+async def ask_workers(engine: Any, kind: type[Reply], *arguments: Any) -> list[Reply]:
     """The answers of all workers of all data-parallel replicas to a method of `engine/rpc.py`; see `answered`.
+
+    Args:
+        engine: vLLM's client.
+        kind: of the answers; names the method.
+        arguments: of the method.
 
     Raises:
         EngineGoneError: the engine has ended.
         WorkerError: a worker failed.
     """
-    return raised_or(await answered(engine, _of_all_replicas(engine, method, arguments), method), method)
+    return kind.of_workers(await answered(engine, _of_all_replicas(engine, kind.method, arguments), kind.method))
+
+
+async def run_dummy_batch(engine: Any) -> None:
+    """Have all workers run vLLM's own batch of nothing.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+    """
+    method = "execute_dummy_batch"
+    await answered(engine, _of_all_replicas(engine, method, ()), method)
 
 
 async def _of_all_replicas(engine: Any, method: str, arguments: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -121,3 +143,39 @@ async def _ends(engine: Any) -> bool:
     while not engine.errored and monotonic() < until:
         await asyncio.sleep(_NOTICE_S / 10)
     return bool(engine.errored)
+
+
+async def enter_request(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A wrapper of `AsyncLLM.add_request`: counts the request under its adapter's engine name, and sees to it that this
+    revision stays in the engine, and can be read there, until the request is among those that run."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    # A rendered request carries its adapter itself, and vLLM then goes by that one.
+    lora = getattr(given.get("prompt"), "lora_request", given.get("lora_request"))
+    entering: AbstractAsyncContextManager[None] = nullcontext()
+    if lora is not None:
+        served(engine)[lora.lora_name] += 1
+        models = getattr(engine, "smoa_models", None)
+        if models is not None:
+            entering = models.entering(lora)
+    async with entering:
+        return await wrapped(*args, **kwargs)
+
+
+def served(engine: Any) -> Counter[str]:
+    """Engine name of a revision -> requests it got since it came."""
+    counter: Counter[str] | None = getattr(engine, _ATTRIBUTE, None)
+    if counter is None:
+        counter = Counter()
+        setattr(engine, _ATTRIBUTE, counter)
+    return counter
+
+
+def forget_served(engine: Any, engine_name: str) -> None:
+    """Stop to count a revision that has left; the total stays."""
+    counter = served(engine)
+    counter[_LEFT] += counter.pop(engine_name, 0)
+
+
+def in_flight(engine: Any, engine_name: str) -> int:
+    """How many requests of a revision the engine still works on."""
+    return sum(state.lora_name == engine_name for state in engine.output_processor.request_states.values())

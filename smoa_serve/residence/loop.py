@@ -6,12 +6,11 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
-from smoa_kernels import CostModel
-
+from smoa_serve.engine.messages import Residence, WorkerStatus, on_all_workers
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision
-from smoa_serve.residence.counting import served
-from smoa_serve.residence.ladder import BYTES, STEP, STEPS, Ladder, step_of
+from smoa_serve.residence.engine_client import served
+from smoa_serve.residence.ladder import BYTES, STEP, Ladder
 from smoa_serve.residence.policy import MAX_LOST, Action, Decision, Load, Others, Policy, PolicySettings, Rates
 from smoa_serve.settings import Settings
 
@@ -77,20 +76,19 @@ class LadderLoop:
 
     async def look(self, revisions: dict[str, Revision]) -> None:
         """One interval: measure, decide, move."""
-        statuses = await self._ladder.call("smoa_status")
+        statuses = await self._ladder.statuses()
         status = statuses[0]
-        if status.get("cost") is None or status.get("refusal"):
+        if status.cost is None or status.refusal:
             return
-        ran = self.rates.observe(status["steps"], status["tokens"])
-        self._alone.observe(status["steps"], status["alone"])
-        self._alone_steps.observe(status["steps"], status["alone_steps"])
+        ran = self.rates.observe(status.steps, status.counts("tokens"))
+        self._alone.observe(status.steps, status.counts("alone"))
+        self._alone_steps.observe(status.steps, status.counts("alone_steps"))
         loads = [self._load(revision, statuses) for revision in revisions.values() if revision.staged.kind.modulates]
         self._show(loads, statuses, revisions)
         if not ran:
             return
         if self._policy is None:
-            cost = CostModel(**status["cost"])
-            self._policy = Policy(self.allowed, cost, switches_freely=status["switches_freely"])
+            self._policy = Policy(self.allowed, status.cost, switches_freely=status.switches_freely)
         here = {revision.engine_name for revision in revisions.values()}
         self._refused = {(name, action) for name, action in self._refused if name in here}
         for decision in self._policy.decide(loads, self.rates.all, _others(revisions, statuses)):
@@ -99,32 +97,32 @@ class LadderLoop:
             if revision is not None:
                 await self._act(decision, revision)
 
-    def _load(self, revision: Revision, statuses: list[dict[str, Any]]) -> Load:
-        number = str(revision.lora_int_id)
-        blocks = sum(status["block_bytes"].get(number, 0) for status in statuses)
-        weights = sum(status["weight_bytes"] for status in statuses)
+    def _load(self, revision: Revision, statuses: list[WorkerStatus]) -> Load:
+        number = revision.lora_int_id
+        here = on_all_workers(statuses, number)
+        weights = sum(status.weight_bytes for status in statuses)
         return Load(
             name=revision.name,
-            step=step_of(statuses, revision.lora_int_id),
+            residence=here.residence,
             tokens=self.rates.tokens.get(number, 0.0),
             alone=self._alone.tokens.get(number, 0.0),
             alone_steps=self._alone_steps.tokens.get(number, 0.0),
             rank=revision.staged.max_rank,
             num_blocks=revision.staged.num_blocks,
-            resident_bytes=blocks,
-            merged_bytes=weights + blocks,
+            resident_bytes=here.block_bytes,
+            merged_bytes=weights + here.block_bytes,
             movable=revision.name not in self._ladder.pinned,
             refused=frozenset(action for name, action in self._refused if name == revision.engine_name),
         )
 
-    def _show(self, loads: list[Load], statuses: list[dict[str, Any]], revisions: dict[str, Revision]) -> None:
+    def _show(self, loads: list[Load], statuses: list[WorkerStatus], revisions: dict[str, Revision]) -> None:
         """Metrics of every adapter, and none of those that are gone."""
         for name in self._shown - {load.name for load in loads}:
             STEP.remove(name)
             BYTES.remove(name)
         for load in loads:
-            STEP.labels(load.name).set(STEPS.index(load.step))
-            BYTES.labels(load.name).set(_held(load.name, revisions, statuses))
+            STEP.labels(load.name).set(load.residence.rung)
+            BYTES.labels(load.name).set(on_all_workers(statuses, revisions[load.name].lora_int_id).resident_bytes)
         self._shown = {load.name for load in loads}
 
     async def _act(self, decision: Decision, revision: Revision) -> None:
@@ -139,7 +137,7 @@ class LadderLoop:
                     move = await self._ladder.make_resident(revision, wanted)
                 case "unmerge" | "slot":
                     move = await self._ladder.to_slot(revision)
-            came = f"{move.step} after {move.seconds:.1f} s"
+            came = f"{move.residence} after {move.seconds:.1f} s"
         except MoveAbandonedError as error:
             came = str(error)
         except MoveRefusedError as error:
@@ -153,16 +151,9 @@ class LadderLoop:
         self.decisions.appendleft({"time": now, **vars(decision), "result": came})
 
 
-def _held(name: str, revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> int:
-    number = str(revisions[name].lora_int_id)
-    return sum(status["resident_bytes"].get(number, 0) for status in statuses)
-
-
-def _others(revisions: dict[str, Revision], statuses: list[dict[str, Any]]) -> Others:
+def _others(revisions: dict[str, Revision], statuses: list[WorkerStatus]) -> Others:
     """What the workers hold for revisions that cannot be asked for any more."""
-    known = {str(revision.lora_int_id) for revision in revisions.values()}
-    held = [(number, size) for one in statuses for number, size in one["resident_bytes"].items() if number not in known]
-    residence = [
-        (number, where) for one in statuses for number, where in one["residence"].items() if number not in known
-    ]
-    return Others(sum(size for _, size in held), any(where == "merged" for _, where in residence))
+    known = {revision.lora_int_id for revision in revisions.values()}
+    others = [one for status in statuses for number, one in status.adapters.items() if number not in known]
+    merged = any(one.residence is Residence.MERGED for one in others)
+    return Others(sum(one.resident_bytes for one in others), merged)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from smoa_kernels import CostModel
 
+from smoa_serve.engine.messages import Residence
+
 Action = Literal["merge", "unmerge", "resident", "slot"]
 # Weight of the newest interval in a token rate.
 NEWEST = 0.5
@@ -44,17 +46,17 @@ class Load:
 
     Attributes:
         name: of the adapter.
-        step: where it resides.
+        residence: where it is.
         tokens: of it in a step, on average; alone: of these, those in steps without others; alone_steps: share of such
             steps among all.
         rank: widest branch; num_blocks: K.
-        resident_bytes, merged_bytes: what each step of the ladder takes or would take.
+        resident_bytes, merged_bytes: what each of the two rungs takes or would take.
         movable: the policy may move it; others count for what they hold.
         refused: actions that were refused and would be again.
     """
 
     name: str
-    step: str
+    residence: Residence
     tokens: float
     alone: float
     alone_steps: float
@@ -100,19 +102,19 @@ class Rates:
     """Exponentially weighted tokens per step, from counters that only grow.
 
     Attributes:
-        tokens: key -> tokens per step; all: of everything.
+        tokens: lora_int_id -> tokens per step; all: of everything.
     """
 
-    tokens: dict[str, float] = field(default_factory=dict)
+    tokens: dict[int, float] = field(default_factory=dict)
     _steps: int = 0
-    _seen: Counter[str] = field(default_factory=Counter)
+    _seen: Counter[int] = field(default_factory=Counter)
 
     @property
     def all(self) -> float:
         """Tokens per step, base included."""
         return sum(self.tokens.values())
 
-    def observe(self, steps: int, counters: dict[str, int]) -> bool:
+    def observe(self, steps: int, counters: dict[int, int]) -> bool:
         """Takes the counters of now; whether there was any step since the last time."""
         passed = steps - self._steps
         new = Counter(counters)
@@ -165,9 +167,10 @@ class Policy:
         # Merged is one at a time: it makes room for another that would save clearly more.
         least = max(KEPT * self.settings.gain, best - self.settings.gain) if self._switches_freely else 0.0
         for load in loads:
-            if load.step == "merged" and load.may("unmerge") and (saved := self.merge_gain(load, all_tokens)) < least:
+            merged, resident = (load.residence is where for where in (Residence.MERGED, Residence.RESIDENT))
+            if merged and load.may("unmerge") and (saved := self.merge_gain(load, all_tokens)) < least:
                 found.append(Decision(load.name, "unmerge", _says(load, all_tokens, saved, "merged saves")))
-            elif load.step == "resident" and load.may("slot") and (saved := self.resident_gain(load, all_tokens)) <= 0:
+            elif resident and load.may("slot") and (saved := self.resident_gain(load, all_tokens)) <= 0:
                 found.append(Decision(load.name, "slot", _says(load, all_tokens, saved, "resident saves")))
         return found
 
@@ -183,7 +186,7 @@ class Policy:
             return found
         for load in sorted(loads, key=lambda load: -self.resident_gain(load, all_tokens)):
             saved = self.resident_gain(load, all_tokens)
-            may = load.step == "slot" and load.may("resident")
+            may = load.residence is Residence.SLOT and load.may("resident")
             wanted = may and load is not merged and saved >= self.settings.gain
             if wanted and load.resident_bytes <= free:
                 free -= load.resident_bytes
@@ -191,7 +194,7 @@ class Policy:
         return found
 
     def _best_merge(self, loads: Iterable[Load], all_tokens: float, free: int) -> Load | None:
-        if not self.settings.merge or any(load.step == "merged" for load in loads):
+        if not self.settings.merge or any(load.residence is Residence.MERGED for load in loads):
             return None
         loads = [load for load in loads if load.may("merge")]
         best = max(loads, key=lambda load: self.merge_gain(load, all_tokens), default=None)
@@ -206,8 +209,8 @@ class Policy:
         return self._share(self._cost.rows(load.tokens, load.rank) - self._resident_rows(load.tokens), load, all_tokens)
 
     def merge_gain(self, load: Load, all_tokens: float) -> float:
-        """Share of a step's cost that merging saves against the best other step: the adapter's own delta costs nothing,
-        and every other token takes the difference back, unless such steps run on the original weights."""
+        """Share of a step's cost that merging saves against the best other place: its own delta costs nothing, and
+        every other token takes the difference back, unless such steps run on the original weights."""
         if self._switches_freely:
             tokens = load.alone / load.alone_steps if load.alone_steps else 0.0
             own = min(self._cost.rows(tokens, load.rank), self._resident_rows(tokens))
@@ -228,7 +231,8 @@ class Policy:
 
 
 def _held(load: Load) -> int:
-    return {"resident": load.resident_bytes, "merged": load.merged_bytes}.get(load.step, 0)
+    held = {Residence.RESIDENT: load.resident_bytes, Residence.MERGED: load.merged_bytes}
+    return held.get(load.residence, 0)
 
 
 def _says(load: Load, all_tokens: float, saved: float, what: str) -> str:

@@ -5,17 +5,14 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from smoa_serve.adapters import AdapterSummary
-from smoa_serve.errors import EngineGoneError
-from smoa_serve.residence.counting import served
-from smoa_serve.residence.engine_client import several_processes
-from smoa_serve.residence.ladder import Ladder, step_of
+from smoa_serve.engine.messages import Residence, on_all_workers
+from smoa_serve.residence.engine_client import served, several_processes
 from smoa_serve.residence.loop import LadderLoop
+from smoa_serve.server.errors import register, without_private_paths
 from smoa_serve.server.routes import residence as moves
-from smoa_serve.server.routes.residence import refused
 from smoa_serve.settings import Settings
 
 router = APIRouter(prefix="/v1/smoa")
@@ -25,7 +22,7 @@ class AdapterInfo(AdapterSummary):
     """One adapter as it is served now."""
 
     name: str
-    residence: str = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
+    residence: Residence = Field(description="merged, resident, slot, host or stored; the lowest of all workers")
     resident_bytes: int = Field(description="held for it while resident or merged, all workers")
     pinned: bool = Field(description="the automatic policy leaves it where it is")
     requests: int = Field(description="requests this content got under this name since it came")
@@ -45,18 +42,17 @@ async def list_adapters(raw_request: Request) -> AdapterList:
     state = raw_request.app.state
     engine = state.engine_client
     models = state.openai_serving_models
-    statuses = await state.smoa_ladder.call("smoa_status")
+    statuses = await state.smoa_ladder.statuses()
     counts = served(engine)
     data = []
     for name, revision in sorted(models.revisions.items()):
+        here = on_all_workers(statuses, revision.lora_int_id)
         data.append(
             AdapterInfo(
                 **revision.staged.model_dump(include=set(AdapterSummary.model_fields)),
                 name=name,
-                residence=step_of(statuses, revision.lora_int_id),
-                resident_bytes=sum(
-                    status.get("resident_bytes", {}).get(str(revision.lora_int_id), 0) for status in statuses
-                ),
+                residence=here.residence,
+                resident_bytes=here.resident_bytes,
                 pinned=name in state.smoa_ladder.pinned,
                 requests=counts[revision.engine_name],
                 path=revision.requested_path,
@@ -83,8 +79,8 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
     """Why adapters reside where they do."""
     state = raw_request.app.state
     loop: LadderLoop = state.smoa_policy
-    allowed, rates = loop.allowed, loop.rates
-    names = {str(revision.lora_int_id): name for name, revision in state.openai_serving_models.revisions.items()}
+    allowed, rates, store = loop.allowed, loop.rates, state.openai_serving_models.store.root
+    names = {revision.lora_int_id: name for name, revision in state.openai_serving_models.revisions.items()}
     return PolicyInfo(
         merge=allowed.merge,
         resident=allowed.resident,
@@ -93,12 +89,8 @@ async def show_policy(raw_request: Request) -> PolicyInfo:
         adapters={names[number]: rate for number, rate in sorted(rates.tokens.items()) if number in names and rate},
         pinned=sorted(state.smoa_ladder.pinned),
         moving=state.smoa_ladder.moving,
-        decisions=list(loop.decisions),
+        decisions=[{key: without_private_paths(text, store) for key, text in one.items()} for one in loop.decisions],
     )
-
-
-async def _engine_gone(_: Request, error: Exception) -> JSONResponse:
-    return refused(error, 503)
 
 
 class EndpointPlugin:
@@ -115,14 +107,14 @@ class EndpointPlugin:
         app.include_router(router)
         app.include_router(moves.router)
         app.include_router(lora_routes.router)
-        app.add_exception_handler(EngineGoneError, _engine_gone)
+        register(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """The ladder of this server; all else is vLLM's own state."""
+        """The policy of this server; all else stands in vLLM's own state."""
         settings = Settings.from_environment()
         models = state.openai_serving_models
-        state.smoa_ladder = models.ladder = Ladder(engine_client, models.revisions.get, models.remove_later)
-        state.smoa_policy = LadderLoop(engine_client, state.smoa_ladder, settings)
+        state.smoa_ladder = models.ladder
+        state.smoa_policy = LadderLoop(engine_client, models.ladder, settings)
         if engine_client.vllm_config.lora_config is not None and not several_processes(engine_client):
             # Kept in the state: a task that nothing refers to may be collected.
             state.smoa_policy_task = asyncio.create_task(state.smoa_policy.run(state))

@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,6 +17,7 @@ from smoa_serve.adapters import LoadOptions
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.engine.host import heap
 from smoa_serve.engine.host.logs import share_logging
+from smoa_serve.engine.messages import WorkerStatus
 from smoa_serve.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -27,18 +26,22 @@ from smoa_serve.errors import (
     EngineGoneError,
     MoveFailedError,
     PathNotAllowedError,
-    SeveralProcessesError,
-    SmoaError,
-    StorageError,
     WorkerError,
     reasons_in,
     shown,
 )
 from smoa_serve.registry.revisions import Revision, default_mm_reason, engine_name, name_reason, visible_name
-from smoa_serve.residence.counting import forget_served, in_flight
-from smoa_serve.residence.engine_client import answered, ask_workers, bring_in, check_one_process
-from smoa_serve.residence.known import KnownResidence
+from smoa_serve.residence.engine_client import (
+    answered,
+    ask_workers,
+    bring_in,
+    check_one_process,
+    forget_served,
+    in_flight,
+    run_dummy_batch,
+)
 from smoa_serve.residence.ladder import Ladder, forget_metrics
+from smoa_serve.server.errors import returned, without_private_paths
 from smoa_serve.server.paths import confine, download
 from smoa_serve.server.private_copies import PrivateCopies
 from smoa_serve.server.resolving import find
@@ -47,15 +50,6 @@ from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
 
-_STATUS = {
-    AdapterNotFoundError: HTTPStatus.NOT_FOUND,
-    AdapterError: HTTPStatus.BAD_REQUEST,
-    EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
-    PathNotAllowedError: HTTPStatus.FORBIDDEN,
-    StorageError: HTTPStatus.INSUFFICIENT_STORAGE,
-    SeveralProcessesError: HTTPStatus.NOT_IMPLEMENTED,
-    SmoaError: HTTPStatus.INTERNAL_SERVER_ERROR,
-}
 _DRAIN_POLL_S = 0.2
 _RETRY_S = 5.0
 
@@ -65,28 +59,27 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     Attributes:
         revisions: name -> the current revision.
-        residence: where they are, as far as is known.
-        ladder: of this server, once it serves.
+        store: their private copies.
+        ladder: moves them.
     """
 
     revisions: dict[str, Revision]
-    residence: KnownResidence
-    ladder: Ladder | None
+    store: AdapterStore
+    ladder: Ladder
 
     def begin(self) -> None:
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
         self.revisions = {}
-        self.ladder = None
         settings = Settings.from_environment()
         self._settings, self._required = settings.adapters, settings.engine.required
-        self._store = AdapterStore()
+        self.store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers: dict[str, int] = {}
         self._known: dict[str, Revision] = {}  # by engine name: the current ones and those that drain
         self._draining: set[str] = set()
         self._entering: Counter[str] = Counter()
-        self._copies = PrivateCopies(self._store, self._stage_again)
-        self.residence = KnownResidence(self.engine_client, self.revisions)
+        self._copies = PrivateCopies(self.store, self._stage_again)
+        self.ladder = Ladder(self.engine_client, self.revisions, self.remove_later)
         self.lora_resolver_lock = NameLocks()
         self.engine_client.smoa_models = self
         processor = getattr(self.engine_client, "output_processor", None)
@@ -121,7 +114,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         if self.engine_client.vllm_config.parallel_config.pipeline_parallel_size > 1:
             # vLLM's CPU runner makes the tensors that pass between pipeline ranks in a dummy batch only, and an eager
             # engine runs none: the first request would end it.
-            await ask_workers(self.engine_client, "execute_dummy_batch")
+            await run_dummy_batch(self.engine_client)
         for module in self.static_lora_modules or []:
             if self.is_base_model(module.name) or module.name in self.revisions:
                 raise ConfigError(f"the adapter name {module.name!r} is used twice; give every adapter its own")
@@ -134,14 +127,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
                 raise CompatibilityError("adapters are not enabled; start the server with --enable-lora")
             return
         try:
-            statuses = await ask_workers(self.engine_client, "smoa_status")
+            statuses = await ask_workers(self.engine_client, WorkerStatus)
         except EngineGoneError:
             raise
         except Exception as error:
             raise CompatibilityError(f"a worker runs without the smoa-serve plugin: {error}") from error
         for status in statuses:
-            if status.get("refusal"):
-                logger.warning("This engine serves LoRA adapters only: %s", status["refusal"])
+            if status.refusal:
+                logger.warning("This engine serves LoRA adapters only: %s", status.refusal)
 
     async def _load(self, name: str, path: Path, requested_path: str, parent: str | None = None) -> Revision:
         """Stage an adapter, bring it into the engine, then let the name mean it."""
@@ -186,15 +179,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             raise type(error)(name, reasons) from error
 
     def _stage_again(self, path: Path) -> StagedAdapter:
-        return self._store.stage(self._store.open(path, self._options), self._base)
+        return self.store.stage(self.store.open(path, self._options), self._base)
 
     def _engines_reasons(self, error: Exception) -> list[str]:
         """Why the workers refused an adapter, all of them: vLLM hands on their reasons as one text."""
         return [self._public(reason) for reason in reasons_in(str(error)) or [f"the engine failed: {error}"]]
 
     def _public(self, text: str) -> str:
-        """Without the paths of private copies, which nobody gave."""
-        return re.sub(rf"{re.escape(str(self._store.root))}[^\s'\",;)]*", "its private copy", text)
+        return without_private_paths(text, self.store.root)
 
     def remove_later(self, revision: Revision) -> None:
         """Free a revision's slot and host memory once no request uses it; what it holds beyond that now."""
@@ -215,7 +207,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     async def _drain(self, name: str, number: int) -> None:
         try:
             known = self._known.get(name)
-            if self.ladder is not None and known is not None:
+            if known is not None:
                 with suppress(MoveFailedError, WorkerError):  # tried again before the next move
                     await self.ladder.forget(known)
             while True:
@@ -290,6 +282,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             if not self._is_current(name):
                 self._remove_later(name, lora.lora_int_id)
 
+    @returned
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """`POST /v1/load_lora_adapter`. With `load_inplace`, new content replaces the name's revision at once; requests
         that run finish on the revision they began with."""
@@ -297,15 +290,12 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
                 return refused
-            try:
-                check_one_process(self.engine_client, f"adapter {shown(request.lora_name)} is not loaded")
-                _check_name(request.lora_name)
-                if self.is_base_model(request.lora_name):
-                    raise AdapterError(request.lora_name, "this is the base model's name")
-                path = await asyncio.to_thread(self._allowed, request.lora_name, request.lora_path)
-                await self._load(request.lora_name, path, request.lora_path, base_model_name)
-            except SmoaError as error:
-                return _error_response(error)
+            check_one_process(self.engine_client, f"adapter {shown(request.lora_name)} is not loaded")
+            _check_name(request.lora_name)
+            if self.is_base_model(request.lora_name):
+                raise AdapterError(request.lora_name, "this is the base model's name")
+            path = await asyncio.to_thread(self._allowed, request.lora_name, request.lora_path)
+            await self._load(request.lora_name, path, request.lora_path, base_model_name)
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
     def _allowed(self, name: str, path: str) -> Path:
@@ -319,25 +309,23 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
         except AdapterError as error:
             raise type(error)(name, error.reasons) from error
 
+    @returned
     async def unload_lora_adapter(self, request: Any) -> Any:
         """`POST /v1/unload_lora_adapter`: new requests get 404 at once; memory is freed when running ones are done."""
         if request.lora_name and name_reason(request.lora_name) is not None:
-            return _not_loaded(request.lora_name)
+            raise _not_loaded(request.lora_name)
         async with self.lora_resolver_lock[request.lora_name]:
             refused = await self._check_unload_lora_adapter_request(request)
             if refused is not None:
                 return refused
-            try:
-                check_one_process(self.engine_client, f"adapter {request.lora_name!r} stays loaded")
-            except SeveralProcessesError as error:
-                return _error_response(error)
+            check_one_process(self.engine_client, f"adapter {request.lora_name!r} stays loaded")
             del self.lora_requests[request.lora_name]
             revision = self.revisions.pop(request.lora_name)
-            if self.ladder is not None:
-                self.ladder.pinned.discard(revision.name)
+            self.ladder.pinned.discard(revision.name)
             self.remove_later(revision)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
+    @returned
     async def resolve_lora(self, lora_name: str) -> Any:
         """Ask vLLM's resolvers for an unknown name; what they find is served as a revision like any other.
 
@@ -346,26 +334,21 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
             when every resolver that has it failed.
         """
         if not self.lora_resolvers or name_reason(lora_name) is not None:
-            return _not_loaded(lora_name)
+            raise _not_loaded(lora_name)
         async with self.lora_resolver_lock[lora_name]:
             if lora_name in self.lora_requests:
                 return self.lora_requests[lora_name]
             reasons = []
-            try:
-                check_one_process(self.engine_client, f"no resolver is asked for adapter {lora_name!r}")
-                for resolver in self.lora_resolvers:
-                    try:
-                        found = await find(resolver, self.model_config.model, lora_name, self._settings.adapters_root)
-                        if found is not None:
-                            await self._load(lora_name, found, lora_name)
-                            return self.lora_requests[lora_name]
-                    except AdapterError as error:
-                        reasons += error.reasons
-            except SmoaError as error:
-                return _error_response(error)
-        if reasons:
-            return _error_response(AdapterError(lora_name, reasons))
-        return _not_loaded(lora_name)
+            check_one_process(self.engine_client, f"no resolver is asked for adapter {lora_name!r}")
+            for resolver in self.lora_resolvers:
+                try:
+                    found = await find(resolver, self.model_config.model, lora_name, self._settings.adapters_root)
+                    if found is not None:
+                        await self._load(lora_name, found, lora_name)
+                        return self.lora_requests[lora_name]
+                except AdapterError as error:
+                    reasons += error.reasons
+        raise AdapterError(lora_name, reasons) if reasons else _not_loaded(lora_name)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name in a response: the user's, not the engine's."""
@@ -373,14 +356,14 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
 
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: the base, and each adapter with its parent and where it resides, as far as is known."""
-        steps = await self.residence.steps()
+        places = await self.ladder.known()
         models = await super().show_available_models()
         for card in models.data:
             revision = self.revisions.get(visible_name(card.id))
             if revision is not None and card.id == revision.engine_name:
                 card.id, card.root = revision.name, revision.requested_path
                 card.max_model_len = self.model_config.max_model_len
-                card.residence = steps.get(revision.lora_int_id)  # a field of ours: the card takes any
+                card.residence = places.get(revision.lora_int_id)  # a field of ours: the card takes any
         return models
 
 
@@ -407,10 +390,5 @@ def _check_name(name: str) -> None:
         raise AdapterError(shown(name), reason)
 
 
-def _not_loaded(name: str) -> Any:
-    return _error_response(AdapterNotFoundError(shown(name), "no adapter of this name is loaded"))
-
-
-def _error_response(error: SmoaError) -> Any:
-    status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
-    return vllm_serving.create_error_response(message=str(error), err_type=status.phrase, status_code=status)
+def _not_loaded(name: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(shown(name), "no adapter of this name is loaded")

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from smoa_serve.errors import AdapterError, SmoaError
 from smoa_serve.registry.revisions import Revision, visible_name
+from smoa_serve.server.errors import without_private_paths
 from smoa_serve.store import MANIFEST_NAME, AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class PrivateCopies:
         """
         why = self._lost.get(engine_name, reason)
         self._known.pop(engine_name, None)
+        why = without_private_paths(why, self._store.root)
         return f"{why}\nIf it stays so, load it again: POST /v1/load_lora_adapter with load_inplace"
 
     def _is_known(self, revision: Revision) -> bool:

@@ -25,9 +25,9 @@ POINTS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ),
     ("smoa_kernels.residents", None, ("delta_block",)),
     ("smoa_serve.engine.merging", None, ("exchange_of",)),
-    ("smoa_serve.engine.merging", "Merger", ("commit",)),
-    ("smoa_serve.engine.exchange", "HandlerExchange", ("begin", "put", "finish", "switch", "drop", "checksum")),
-    ("smoa_serve.engine.exchange", "PlainExchange", ("begin", "put", "finish", "_write", "drop", "checksum")),
+    ("smoa_serve.engine.mover", "Mover", ("commit",)),
+    ("smoa_serve.engine.exchange", "HandlerExchange", ("_open", "_put", "_pack", "switch", "undo", "checksum")),
+    ("smoa_serve.engine.exchange", "PlainExchange", ("_open", "_put", "_pack", "_write", "undo", "checksum")),
 )
 KINDS = ("RuntimeError", "OutOfMemoryError", "ENOSPC")
 
@@ -101,7 +101,7 @@ def disarm(worker: Any) -> list[str]:
 def forget_partitions(worker: Any) -> None:
     """Drop every block of W that no slot uses."""
     manager = worker.model_runner.lora_manager._adapter_manager
-    for layer in manager.merger.layers.values():
+    for layer in manager.mover.layers.values():
         for cache in layer.smoa_bank._source._caches:
             for digest in [digest for digest, held in cache._held.items() if held.users == 0]:
                 del cache._held[digest]
@@ -115,7 +115,7 @@ def held(worker: Any) -> dict[str, Any]:
     manager = worker.model_runner.lora_manager._adapter_manager
     free = [slot for slot, lora_id in enumerate(manager.lora_index_to_id) if lora_id is None]
     left = []
-    for name, layer in manager.merger.layers.items():
+    for name, layer in manager.mover.layers.items():
         bank = layer.smoa_bank
         for slot in free:
             if any(entry is not None for entry in bank.slots[slot]):
@@ -124,28 +124,28 @@ def held(worker: Any) -> dict[str, Any]:
                 left.append(f"{name}: slot {slot} has factors")
     users = {
         name: [sum(p.users for p in cache.held) for cache in layer.smoa_bank._source._caches]
-        for name, layer in manager.merger.layers.items()
+        for name, layer in manager.mover.layers.items()
     }
     taken = {
         name: [
             sum(slots[index] is not None for slots in layer.smoa_bank.slots[:-1])
             for index in range(len(layer.smoa_bank.slices))
         ]
-        for name, layer in manager.merger.layers.items()
+        for name, layer in manager.mover.layers.items()
     }
-    merger = manager.merger
+    mover, merger = manager.mover, manager.mover.merger
     return {
         "registered": sorted(manager.list_adapters()),
         "active": sorted(manager._active_adapters),
         "slots": sorted(lora_id for lora_id in manager.lora_index_to_id if lora_id is not None),
-        "resident": sorted(manager._resident),
-        "forming": manager._forming and manager._forming.lora_id,
+        "resident": sorted(mover.residents),
+        "in progress": [mover.state.value, mover.moving],
         "merged": merger.lora_id,
         "merge bytes": merger.nbytes,
-        "recovered": sum(layer.smoa_weight._recovered is not None for layer in merger.layers.values()),
+        "recovered": sum(layer.smoa_weight._recovered is not None for layer in mover.layers.values()),
         "resident bytes": sum(
             layer.smoa_bank.resident_bytes(slot)
-            for layer in merger.layers.values()
+            for layer in mover.layers.values()
             for slot in range(manager.lora_slots)
         ),
         "left": left,

@@ -176,7 +176,7 @@ def test_every_way_is_as_near_to_float32_as_base_product_and_delta_apart(
     while not report["ready"]:
         (report,) = engine.collective_rpc("smoa_stage", args=(1, "merged", 10.0))
         assert report["refused"] == []
-    assert "raised" not in engine.collective_rpc("smoa_merge", args=("compensate",))[0]
+    assert "raised" not in engine.collective_rpc("smoa_commit", args=(1, "merged", "compensate"))[0]
     try:
         seen.clear()
         distances["merged"] = ask(engine, adapters, exact, [FIRST, FIRST])
@@ -186,7 +186,7 @@ def test_every_way_is_as_near_to_float32_as_base_product_and_delta_apart(
         assert seen.one_pass == 0
         assert seen.compensated >= layers_of_a_step * TOKENS
     finally:
-        assert engine.collective_rpc("smoa_demote", args=(1,)) == [{}]
+        assert engine.collective_rpc("smoa_undo", args=(1,)) == [{}]
     print(distances)  # noqa: T201
     for way, found in distances.items():
         for name, one in found.items():

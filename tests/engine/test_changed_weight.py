@@ -45,10 +45,10 @@ def test_a_bit_that_changed_in_memory_ends_the_engine(engine: Any, vectors: Path
     while not report["ready"]:
         (report,) = engine.collective_rpc("smoa_stage", args=(1, "merged", 10.0))
         assert report["refused"] == []
-    engine.collective_rpc("smoa_merge", args=("compensate",))
+    engine.collective_rpc("smoa_commit", args=(1, "merged", "compensate"))
     assert len(ask(None)) == 4
     engine.collective_rpc(_flip_a_bit)
-    (report,) = engine.collective_rpc("smoa_demote", args=(1,))
+    (report,) = engine.collective_rpc("smoa_undo", args=(1,))
     assert re.search(r"1 base weights are not what they were.*restart the server", report["raised"])
     with pytest.raises(Exception, match="not what they were"):
         ask(None)
@@ -57,14 +57,14 @@ def test_a_bit_that_changed_in_memory_ends_the_engine(engine: Any, vectors: Path
 @torch.inference_mode()
 def _flip_a_bit(worker: Any) -> None:
     """What a stray write would do: one bit of one original weight changes in memory, the highest of its mantissa."""
-    merger = worker.model_runner.lora_manager._adapter_manager.merger
+    merger = worker.model_runner.lora_manager._adapter_manager.mover.merger
     exchange = next(iter(merger._exchanges.values()))
     if isinstance(exchange, PlainExchange):
         merged = {(int(row), int(col)) for rows, cols, *_ in exchange._blocks for row in rows for col in cols}
         row, col = next(place for place in itertools.product(range(9), range(9)) if place not in merged)
         exchange._served.view(torch.int32)[row, col] ^= 1 << 22
         return
-    weight = next(iter(merger.layers.values())).smoa_weight
+    weight = next(iter(merger._layers.values())).smoa_weight
     with weight.original():
         before = weight.whole().clone()
         weight.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smoa_serve.residence.counting import enter_request, served
+from smoa_serve.residence.engine_client import enter_request, served
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 

@@ -53,8 +53,8 @@ class Bench:
 
     def __init__(self, llm: Any, adapters: dict[str, Path], faults: Any, ranks: int) -> None:
         self.llm, self.adapters, self.faults, self.ranks = llm, adapters, faults, ranks
-        self.ladder = Ladder(self, self.revision, lambda revision: None)
         self._revisions = {name: self._make_revision(name) for name in ADAPTERS}
+        self.ladder = Ladder(self, self._revisions, lambda revision: None)
 
     async def add_lora(self, request: Any) -> Any:
         return self.llm.llm_engine.add_lora(request)
@@ -179,8 +179,8 @@ def _unload(bench: Bench) -> None:
     asyncio.run(bench.remove_lora(number("tried")))
 
 
-def _at(step: str) -> Callable[[Bench], bool]:
-    return lambda bench: asyncio.run(bench.ladder.step(bench.revision("tried"))) == step
+def _at(rung: str) -> Callable[[Bench], bool]:
+    return lambda bench: asyncio.run(bench.ladder.residence(bench.revision("tried"))) == rung
 
 
 def _is_gone(bench: Bench) -> bool:
@@ -284,7 +284,7 @@ def assert_whole(bench: Bench, where: str) -> None:
         assert worker["partitions counted wrong"] == [], where
         assert worker["active"] == worker["slots"], where
         assert set(worker["active"]) <= set(worker["registered"]), where
-        assert worker["forming"] is None, where
+        assert worker["in progress"] == ["idle", None], where
         assert worker["recovered"] == 0, where
         if worker["merged"] is None:
             assert worker["merge bytes"] == 0, where

@@ -30,6 +30,10 @@ class Engine:
         self.loaded[request.lora_int_id] = request.lora_name
         return True
 
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        assert method == "smoa_undo"
+        return [{}]
+
     async def remove_lora(self, number: int) -> bool:
         if self.slow is not None:
             await self.slow.wait()
@@ -91,7 +95,7 @@ async def settled(models: Any) -> None:
 
 def remembered(models: Any) -> dict[str, Any]:
     """Everything that could grow."""
-    from smoa_serve.residence.counting import served
+    from smoa_serve.residence.engine_client import served
     from smoa_serve.residence.ladder import BYTES, STEP
 
     counted = {name for name in served(models.engine_client) if name}
@@ -108,7 +112,7 @@ def run(test: Callable[[], Any]) -> None:
 
 async def enter(models: Any, lora: Any, request: str) -> None:
     """What a request does on its way into the engine."""
-    from smoa_serve.residence.counting import enter_request
+    from smoa_serve.residence.engine_client import enter_request
 
     async def add_request(*args: Any, lora_request: Any) -> None:
         await asyncio.sleep(0)

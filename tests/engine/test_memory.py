@@ -115,6 +115,7 @@ def test_unloading_a_resident_adapter_gives_its_blocks_back(engine: Any, make: A
         (report,) = engine.collective_rpc("smoa_stage", args=(22, "resident", 1.0))
         assert not report["refused"]
         ready = report["ready"]
+    engine.collective_rpc("smoa_commit", args=(22, "resident", "compensate"))
     (status,) = engine.collective_rpc("smoa_status")
     assert status["resident_bytes"]["22"] > 0
     engine.llm_engine.remove_lora(22)

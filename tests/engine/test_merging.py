@@ -80,13 +80,19 @@ def logprobs(answer: Any) -> list[float]:
 
 
 def stage(engine: Any, name: str, target: str = "merged", budget_s: float = 10.0) -> dict[str, Any]:
-    """Work towards a step of the ladder until it is ready; the last report."""
+    """Work towards a rung of the ladder until it is ready; the last report."""
     for _ in range(10_000):
         (report,) = engine.collective_rpc("smoa_stage", args=(number(name), target, budget_s))
         assert report["refused"] == []
         if report["ready"]:
             return report
     raise AssertionError("it never got ready")
+
+
+def commit(engine: Any, name: str, target: str = "merged", policy: str = "compensate") -> dict[str, Any]:
+    """What the worker answers."""
+    (report,) = engine.collective_rpc("smoa_commit", args=(number(name), target, policy))
+    return dict(report)
 
 
 def residence(engine: Any) -> dict[str, str]:
@@ -113,7 +119,7 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
     report = stage(engine, merged)
     assert report["finished"] == report["layers"] > 0
     assert max(report["lost"].values()) < 1e-5  # of float32
-    assert "raised" not in engine.collective_rpc("smoa_merge", args=(policy,))[0]
+    assert "raised" not in engine.collective_rpc("smoa_commit", args=(number(merged), "merged", policy))[0]
     assert residence(engine)[str(number(merged))] == "merged"
     rng = random.Random(3)
     try:
@@ -124,7 +130,7 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
             assert_own_answers(engine, solo, adapters, keys)
             assert_own_answers(engine, solo, adapters, [key for key in keys if key[0] != merged])
     finally:
-        assert engine.collective_rpc("smoa_demote", args=(number(merged),)) == [{}]
+        assert engine.collective_rpc("smoa_undo", args=(number(merged),)) == [{}]
     for key in solo:
         (answer,) = ask(engine, [key], adapters)
         assert logprobs(answer) == logprobs(solo[key]), f"{key}: the base is not what it was"
@@ -133,7 +139,7 @@ def test_beside_a_merged_adapter_everyone_gets_his_own_answer(engine, solo, adap
 def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo, adapters, monkeypatch):
     # The clock ticks when it is read: each call does one piece of work, however fast the machine is.
     ticks = itertools.count()
-    monkeypatch.setattr("smoa_serve.engine.merging.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("smoa_serve.engine.mover.monotonic", lambda: next(ticks))
     reports = []
     while not reports or not reports[-1]["ready"]:
         (report,) = engine.collective_rpc("smoa_stage", args=(number("smoa-8-2"), "merged", 1.5))
@@ -143,26 +149,26 @@ def test_staging_in_pieces_goes_on_where_it_was_and_may_be_given_up(engine, solo
     finished = [report["finished"] for report in reports[4:]]
     assert finished == sorted(finished)
     assert set(finished) == set(range(reports[-1]["layers"] + 1))
-    assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
+    assert engine.collective_rpc("smoa_undo", args=(number("smoa-8-2"),)) == [{}]
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), (None, 0)])
 
 
 def test_an_adapter_read_while_another_is_merged_gets_the_original_blocks(engine, solo, adapters):
     """Its blocks of W are read at that time, and the layer serves another weight."""
     stage(engine, "smoa-8-2")
-    assert "raised" not in engine.collective_rpc("smoa_merge", args=("compensate",))[0]
+    assert "raised" not in commit(engine, "smoa-8-2")
     try:
         for name in ("hira-4", "smoa-6-4"):
             engine.collective_rpc(_forget_partitions)
             assert_own_answers(engine, solo, adapters, [(name, 1), (None, 0), ("smoa-8-2", 2)])
     finally:
-        assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
+        assert engine.collective_rpc("smoa_undo", args=(number("smoa-8-2"),)) == [{}]
 
 
 def _forget_partitions(worker: Any) -> None:
     """Empty every slot and drop every block that no slot uses."""
     manager = worker.model_runner.lora_manager._adapter_manager
-    for layer in manager.merger.layers.values():
+    for layer in manager.mover.layers.values():
         for slot in range(manager.lora_slots):
             layer.reset_lora(slot)
         for cache in layer.smoa_bank._source._caches:
@@ -174,13 +180,15 @@ def _forget_partitions(worker: Any) -> None:
 
 def test_resident_blocks_serve_and_go_with_the_slot(engine, solo, adapters):
     stage(engine, "smoa-6-4", "resident", 0.001)
+    assert commit(engine, "smoa-6-4", "resident")["bytes"] > 0
     (status,) = engine.collective_rpc("smoa_status")
     assert status["residence"][str(number("smoa-6-4"))] == "resident"
     assert status["resident_bytes"][str(number("smoa-6-4"))] > 0
     assert_own_answers(engine, solo, adapters, [("smoa-6-4", 0), ("smoa-6-4", 2), (None, 1), ("hira-4", 1)])
-    assert engine.collective_rpc("smoa_demote", args=(number("smoa-6-4"),)) == [{}]
+    assert engine.collective_rpc("smoa_undo", args=(number("smoa-6-4"),)) == [{}]
     assert residence(engine)[str(number("smoa-6-4"))] == "slot"
     stage(engine, "smoa-6-4", "resident")
+    assert "raised" not in commit(engine, "smoa-6-4", "resident")
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0), ("hira-4", 1), ("lora-8", 1)])  # take all three slots
     assert residence(engine)[str(number("smoa-6-4"))] == "host"
     assert_own_answers(engine, solo, adapters, [("smoa-6-4", 0)])
@@ -196,12 +204,11 @@ def test_what_cannot_be_merged_is_refused(engine, solo, adapters):
     for target in ("merged", "resident"):
         assert refused("lora-8", target) == ["only SMoA and HiRA adapters can be moved"]
         assert refused(99, target) == ["it is not in the engine"]
-    (report,) = engine.collective_rpc("smoa_merge", args=("compensate",))
-    assert "the adapter is not staged yet" in report["raised"]
+    assert "the adapter is not staged yet" in commit(engine, "smoa-8-2")["raised"]
     stage(engine, "smoa-8-2")
-    assert "raised" not in engine.collective_rpc("smoa_merge", args=("compensate",))[0]
+    assert "raised" not in commit(engine, "smoa-8-2")
     assert refused("hira-4") == ["another adapter is merged; un-merge it first"]
-    assert engine.collective_rpc("smoa_demote", args=(number("smoa-8-2"),)) == [{}]
+    assert engine.collective_rpc("smoa_undo", args=(number("smoa-8-2"),)) == [{}]
     assert_own_answers(engine, solo, adapters, [("smoa-8-2", 0)])
 
 
@@ -241,12 +248,9 @@ def test_a_thousand_cycles_leave_the_weights_as_they_were(engine, solo, adapters
             if merged is None:
                 merged = rng.choice(MERGEABLE)
                 stage(engine, merged)
-                assert (
-                    "raised"
-                    not in engine.collective_rpc("smoa_merge", args=(rng.choice(["compensate", "exclusive"]),))[0]
-                )
+                assert "raised" not in commit(engine, merged, policy=rng.choice(["compensate", "exclusive"]))
             else:
-                assert engine.collective_rpc("smoa_demote", args=(number(merged),)) == [{}]
+                assert engine.collective_rpc("smoa_undo", args=(number(merged),)) == [{}]
                 merged, cycles = None, cycles + 1
         for output in core.step():
             if output.finished:
@@ -265,7 +269,7 @@ def test_layers_that_cannot_be_merged_are_named_once_per_reason(monkeypatch: pyt
     layer: Any = SimpleNamespace(base_layer=None, smoa_weight=None)
     merger = merging.Merger({f"layer-{index}": layer for index in range(4)})
     with pytest.raises(AdapterError) as refused:
-        merger.begin(1, 0)
+        merger.stage(1, 0)
     words = str(refused.value)
     assert "layer-0 and 2 more layers cannot be merged: it is packed" in words
     assert "layer-1 cannot be merged: it is quantized" in words

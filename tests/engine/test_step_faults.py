@@ -198,11 +198,11 @@ def test_after_unmerging_nothing_comes_from_the_cache_that_merged_weights_left(
         assert not report["refused"], report
         if report["ready"]:
             break
-    assert "raised" not in engine.collective_rpc("smoa_merge", args=(policy,))[0]
+    assert "raised" not in engine.collective_rpc("smoa_commit", args=(1, "merged", policy))[0]
     merged = {name: logprobs(ask(engine, adapters, [name])[0]) for name in names}
     assert merged["a"] != expected["a"], "rounding shows, or this test proves nothing"
     running = start(engine, adapters, "a")
-    assert engine.collective_rpc("smoa_demote", args=(1,)) == [{}]
+    assert engine.collective_rpc("smoa_undo", args=(1,)) == [{}]
     finish(engine, running)
     found = {name: logprobs(ask(engine, adapters, [name])[0]) for name in names}
     assert found == expected

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from smoa_serve.engine.messages import StageReport
 from smoa_serve.errors import WorkerError
 from smoa_serve.residence.engine_client import ask_workers, bring_in
 
@@ -47,7 +48,10 @@ def engine_of(core: Core) -> Any:
 
 def test_the_answers_of_all_replicas_are_gathered() -> None:
     core = Core({"smoa_stage": [[{"ready": True}], [{"ready": False}]]})
-    assert asyncio.run(ask_workers(engine_of(core), "smoa_stage", 1)) == [{"ready": True}, {"ready": False}]
+    assert asyncio.run(ask_workers(engine_of(core), StageReport, 1)) == [
+        StageReport(ready=True),
+        StageReport(ready=False),
+    ]
 
 
 @pytest.mark.parametrize("failed", [[{"raised": "no room"}], RuntimeError("no room")], ids=["told", "raised"])
@@ -57,7 +61,7 @@ def test_what_fails_on_one_replica_fails_the_call_when_all_have_ended(failed: An
     answers[replica] = failed
     core = Core({"smoa_stage": answers})
     with pytest.raises((WorkerError, RuntimeError), match="no room"):
-        asyncio.run(ask_workers(engine_of(core), "smoa_stage", 1))
+        asyncio.run(ask_workers(engine_of(core), StageReport, 1))
     assert len(core.done) == 2
 
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from smoa_kernels.cost import CostModel
 
 from smoa_serve.adapters.model import AdapterKind
+from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
 from smoa_serve.errors import MoveFailedError, MoveRefusedError
 from smoa_serve.residence.ladder import Move
 from smoa_serve.residence.loop import LadderLoop
@@ -26,36 +28,25 @@ class Ladder:
         self.pinned: set[str] = set()
         self.steps = 0
 
-    async def call(self, method: str) -> list[dict[str, Any]]:
+    async def statuses(self) -> list[WorkerStatus]:
         self.steps += 10
-        counts = {"1": self.steps * 8}
-        return [
-            {
-                "cost": {"form": 5.0, "form_per_rank": 1.0, "resident": 4.0},
-                "refusal": None,
-                "steps": self.steps,
-                "tokens": counts,
-                "alone": counts,
-                "alone_steps": {"1": self.steps},
-                "switches_freely": False,
-                "residence": {"1": "slot"},
-                "resident_bytes": {},
-                "block_bytes": {"1": 8},
-                "weight_bytes": 64,
-            }
-        ]
+        adapter = AdapterStatus(
+            Residence.SLOT, block_bytes=8, tokens=self.steps * 8, alone=self.steps * 8, alone_steps=self.steps
+        )
+        cost = CostModel(form=5.0, form_per_rank=1.0, resident=4.0)
+        return [WorkerStatus("1", lora=True, cost=cost, steps=self.steps, weight_bytes=64, adapters={1: adapter})]
 
     async def merge(self, *_: Any) -> Move:
-        return self._moved("merge")
+        return self._moved("merge", Residence.MERGED)
 
     async def make_resident(self, *_: Any) -> Move:
-        return self._moved("resident")
+        return self._moved("resident", Residence.RESIDENT)
 
-    def _moved(self, action: str) -> Move:
+    def _moved(self, action: str, where: Residence) -> Move:
         self.tried.append(action)
         if self.answer is not None:
             raise self.answer
-        return Move(action, 0.0, 0.0, 0)
+        return Move(where, 0.0, 0.0, 0)
 
 
 def revision(engine_name: str = "legal@1") -> Any:

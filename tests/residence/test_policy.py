@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from smoa_kernels.cost import CostModel
 
+from smoa_serve.engine.messages import Residence
 from smoa_serve.residence.policy import Load, Others, Policy, PolicySettings, Rates
 
 COST = CostModel(form=5.0, form_per_rank=1.0, resident=4.0)
@@ -13,11 +14,16 @@ ALLOWED = PolicySettings(merge=True, resident=True, budget_bytes=1000)
 
 
 def load(
-    name: str = "a", step: str = "slot", tokens: float = 8.0, alone: float = 0.0, alone_steps: float = 0.0, **facts: Any
+    name: str = "a",
+    residence: str = "slot",
+    tokens: float = 8.0,
+    alone: float = 0.0,
+    alone_steps: float = 0.0,
+    **facts: Any,
 ) -> Load:
     return Load(
         name,
-        step,
+        Residence(residence),
         tokens,
         alone,
         alone_steps,
@@ -61,7 +67,7 @@ def test_a_wish_has_to_stand() -> None:
 
 def test_what_no_longer_pays_goes_down_after_a_while() -> None:
     policy = policy_of()
-    loads = [load(step="merged", tokens=1), load("b", "resident", tokens=0)]
+    loads = [load(residence="merged", tokens=1), load("b", "resident", tokens=0)]
     assert moves(policy, loads, 16, 2) == []
     assert moves(policy, loads, 16) == [("a", "unmerge"), ("b", "slot")]
 
@@ -72,9 +78,9 @@ def test_between_up_and_down_nothing_moves() -> None:
     tokens = 13.2
     gain = policy.merge_gain(load(tokens=tokens), 24)
     assert 0 <= gain < ALLOWED.gain
-    for step in ("slot", "merged"):
-        assert ("a", "merge") not in moves(policy_of(), [load(step=step, tokens=tokens)], 24, 5)
-        assert ("a", "unmerge") not in moves(policy_of(), [load(step=step, tokens=tokens)], 24, 5)
+    for where in ("slot", "merged"):
+        assert ("a", "merge") not in moves(policy_of(), [load(residence=where, tokens=tokens)], 24, 5)
+        assert ("a", "unmerge") not in moves(policy_of(), [load(residence=where, tokens=tokens)], 24, 5)
 
 
 def test_one_adapter_is_merged_at_a_time() -> None:
@@ -94,8 +100,8 @@ def test_where_others_never_pay_what_counts_are_the_steps_without_others() -> No
 
 
 def test_where_others_never_pay_merged_stays_while_it_saves_anything_worth_it() -> None:
-    quiet = load(step="merged", tokens=8, alone=0.01, alone_steps=0.01)
-    busy = load(step="merged", tokens=8, alone=2, alone_steps=0.2)
+    quiet = load(residence="merged", tokens=8, alone=0.01, alone_steps=0.01)
+    busy = load(residence="merged", tokens=8, alone=2, alone_steps=0.2)
     assert moves(policy_of(freely=True), [busy], 16, 5) == []
     assert moves(policy_of(freely=True), [quiet], 16, 3) == [("a", "unmerge")]
     assert moves(policy_of(freely=True), [busy, load("b", tokens=8, alone=7.5, alone_steps=0.5)], 16, 3) == [
@@ -120,14 +126,14 @@ def test_a_decision_says_why() -> None:
 
 def test_rates_follow_the_counters() -> None:
     rates = Rates()
-    assert rates.observe(10, {"0": 20, "7": 40})
-    assert rates.tokens == {"0": 2.0, "7": 4.0}
-    assert not rates.observe(10, {"0": 20, "7": 40})
-    assert rates.observe(20, {"0": 40, "7": 40, "8": 10})
-    assert rates.tokens == {"0": 2.0, "7": 2.0, "8": pytest.approx(1.0)}
+    assert rates.observe(10, {0: 20, 7: 40})
+    assert rates.tokens == {0: 2.0, 7: 4.0}
+    assert not rates.observe(10, {0: 20, 7: 40})
+    assert rates.observe(20, {0: 40, 7: 40, 8: 10})
+    assert rates.tokens == {0: 2.0, 7: 2.0, 8: pytest.approx(1.0)}
     assert rates.all == pytest.approx(5.0)
-    rates.observe(30, {"0": 60})  # the engine forgot an adapter
-    assert rates.tokens["7"] == 1.0
+    rates.observe(30, {0: 60})  # the engine forgot an adapter
+    assert rates.tokens[7] == 1.0
 
 
 def test_an_action_that_was_refused_rules_out_no_other() -> None:
@@ -135,19 +141,19 @@ def test_an_action_that_was_refused_rules_out_no_other() -> None:
     assert moves(policy_of(), [hot], 16, 2) == [("a", "resident")]
     assert moves(policy_of(), [load(tokens=15, refused=frozenset({"merge", "resident"}))], 16, 2) == []
     # And it may still be brought down again.
-    idle = load(tokens=0, step="resident", refused=frozenset({"merge"}))
+    idle = load(tokens=0, residence="resident", refused=frozenset({"merge"}))
     assert moves(policy_of(), [idle], 16, 3) == [("a", "slot")]
 
 
 def test_what_is_pinned_is_not_moved_and_counts_for_what_it_holds() -> None:
-    pinned = load("by-hand", tokens=1, step="resident", resident_bytes=950, movable=False)
+    pinned = load("by-hand", tokens=1, residence="resident", resident_bytes=950, movable=False)
     hot = load(tokens=4)
     assert moves(policy_of(), [hot], 20, 2) == [("a", "resident")]
     assert moves(policy_of(), [hot, pinned], 20, 2) == []
 
 
 def test_beside_an_adapter_that_was_merged_by_hand_no_other_is_merged() -> None:
-    merged = load("by-hand", tokens=0, step="merged", merged_bytes=100, movable=False)
+    merged = load("by-hand", tokens=0, residence="merged", merged_bytes=100, movable=False)
     assert moves(policy_of(), [load(tokens=15), merged], 16, 4) == [("a", "resident")]
 
 

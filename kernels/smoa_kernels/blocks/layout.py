@@ -10,14 +10,11 @@ Tensors = Sequence[Tensor]
 
 
 class BlockStore(Protocol):
-    """The weight blocks of one partition.
-
-    Attributes:
-        whole: whether it holds the whole weight in the partition's order, for `smoa_linear`.
-    """
+    """The weight blocks of one partition."""
 
     @property
-    def whole(self) -> bool: ...
+    def whole(self) -> bool:
+        """Whether it holds the whole weight in the partition's order, for `smoa_linear`."""
 
     @property
     def nbytes(self) -> int:

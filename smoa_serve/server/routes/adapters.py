@@ -3,10 +3,11 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from smoa_serve.server.errors import json_response
 from smoa_serve.server.models import SmoaServingModels
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(validate_json_request)])
@@ -33,6 +34,4 @@ async def unload_lora_adapter(request: UnloadLoRAAdapterRequest, models: Models)
 
 
 def _response(answer: Any) -> Response:
-    if isinstance(answer, str):
-        return Response(answer)
-    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+    return Response(answer) if isinstance(answer, str) else json_response(answer)

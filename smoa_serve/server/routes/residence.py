@@ -3,16 +3,10 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoa_serve.errors import (
-    AdapterNotFoundError,
-    MoveFailedError,
-    MoveRefusedError,
-    SeveralProcessesError,
-    WorkerError,
-)
+from smoa_serve.engine.messages import Residence
+from smoa_serve.errors import AdapterNotFoundError, MoveRefusedError
 from smoa_serve.registry.revisions import Revision, Target
 from smoa_serve.residence import parity
 from smoa_serve.residence.engine_client import check_one_process
@@ -39,7 +33,7 @@ class MoveReport(BaseModel):
     """Where an adapter resides now, and what it took."""
 
     name: str
-    step: str
+    step: Residence
     seconds: float
     longest_call_ms: float = Field(description="longest that one piece of the work kept the engine from its next step")
     bytes: int
@@ -48,30 +42,20 @@ class MoveReport(BaseModel):
     tokens_agree: bool | None = None
 
 
-@router.post("/adapters/{name:path}/{target}", response_model=MoveReport)
+@router.post("/adapters/{name:path}/{target}")
 async def move(
     raw_request: Request,
     name: str,
     target: Target,
     options: MergeRequest | None = None,
-) -> Any:
+) -> MoveReport:
     """Merge, un-merge, keep resident, back to the slot. What is moved by hand stays there: the automatic policy is kept
     away as by `pin`, until `unpin`."""
     state = raw_request.app.state
     ladder: Ladder = state.smoa_ladder
-    try:
-        check_one_process(state.engine_client, "adapters stay where they are")
-        revision = _revision(state.openai_serving_models.revisions, name)
-        report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
-    except AdapterNotFoundError as error:
-        return refused(error, 404)
-    except MoveRefusedError as error:
-        return refused(error, 409)
-    except SeveralProcessesError as error:
-        return refused(error, 501)
-    except (MoveFailedError, WorkerError) as error:
-        return refused(error, 500)
-    state.openai_serving_models.residence.note(revision.lora_int_id, report.step)
+    check_one_process(state.engine_client, "adapters stay where they are")
+    revision = _revision(state.openai_serving_models.revisions, name)
+    report = await _move(state.engine_client, ladder, revision, target, options or MergeRequest())
     if target == "unpin":
         ladder.pinned.discard(name)
     elif name in state.openai_serving_models.revisions:  # pins end with the name
@@ -88,7 +72,7 @@ async def _move(engine: Any, ladder: Ladder, revision: Revision, target: str, op
         case "unmerge" | "slot":
             return _report(revision.name, await ladder.to_slot(revision))
         case _:
-            return _report(revision.name, Move(await ladder.step(revision), 0.0, 0.0, 0))
+            return _report(revision.name, Move(await ladder.residence(revision), 0.0, 0.0, 0))
 
 
 async def _merge(engine: Any, ladder: Ladder, revision: Revision, options: MergeRequest) -> MoveReport:
@@ -111,10 +95,5 @@ def _revision(revisions: dict[str, Revision], name: str) -> Revision:
 
 
 def _report(name: str, done: Move) -> MoveReport:
-    return MoveReport(name=name, **vars(done))
-
-
-def refused(error: Exception, status: int) -> JSONResponse:
-    """An error as vLLM's own routes answer it."""
-    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
+    facts = dict(vars(done))
+    return MoveReport(name=name, step=facts.pop("residence"), **facts)
