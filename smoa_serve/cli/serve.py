@@ -113,7 +113,7 @@ def refuse_mistyped(arguments: Sequence[str]) -> None:
 
 
 _signature = inspect.signature(serve)
-_own = [parameter for parameter in _signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+_own = list(_signature.parameters.values())[:-1]  # the last takes every flag of the tree
 serve.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=[*(p.replace(kind=p.KEYWORD_ONLY) for p in _own), *_options()]
 )

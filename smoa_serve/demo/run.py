@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..cli.running import ending
 from ..errors import SmoaError
 from ..testing import ServerProcess, free_port
 from .ask import ask_all
@@ -28,7 +29,7 @@ SERVER_FLAGS = ("--served-model-name", BASE_NAME, "--max-model-len", "512", "--e
 
 def register(app: typer.Typer) -> None:
     """Add `demo` to a program."""
-    app.command("demo")(run)
+    app.command("demo", epilog=ending("smoa-serve demo", "smoa-serve demo --keep --port 8000"))(run)
 
 
 def run(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 from smoa_serve.errors import SmoaError, WorkerError
 

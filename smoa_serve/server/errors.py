@@ -51,7 +51,7 @@ def error_response(error: SmoaError, store: Path) -> Any:
     """
     from vllm.entrypoints.openai.models import serving
 
-    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    status = next(STATUS[each] for each in type(error).__mro__ if each in STATUS)
     message = without_private_paths(str(error), store)
     return serving.create_error_response(message=message, err_type=type(error).__name__, status_code=status)
 

@@ -227,9 +227,9 @@ class Declared:
             return "on" if value else "off"
         return self._told("unset") or str(value)
 
-    def holds(self, kind: type) -> bool:
+    def holds(self, wanted: type) -> bool:
         """Whether its values are of a type; None may stand beside it."""
-        return kind in (self.info.annotation, *get_args(self.info.annotation))
+        return wanted in (self.info.annotation, *get_args(self.info.annotation))
 
     def _told(self, key: str) -> str:
         extra = self.info.json_schema_extra

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 from smoa_serve.engine import messages
 from smoa_serve.engine.messages import (

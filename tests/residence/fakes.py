@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from smoa_kernels.cost import CPP_COST
-from smoa_kernels.slots import MergedBlock
+from smoa_kernels import DEFAULT_COST, MergedBlock
 from torch import Tensor
 
 from smoa_serve.engine import rpc
@@ -50,7 +49,7 @@ class Entry:
 class Bank:
     """As `LayerBank`: slots, blocks of dW, blocks for the merged adapter. `reach` may raise at every change."""
 
-    cost, slices = CPP_COST, (SIZE,)
+    cost, slices = DEFAULT_COST, (SIZE,)
 
     def __init__(self, weight: Tensor, reach: Callable[[], None]) -> None:
         self.original, self._reach = weight.clone(), reach

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus

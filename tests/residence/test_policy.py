@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from smoa_kernels.cost import CostModel
+from smoa_kernels import CostModel
 
 from smoa_serve.engine.messages import Residence
 from smoa_serve.residence.policy import Load, Others, Policy, PolicySettings, Rates
