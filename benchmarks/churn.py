@@ -1,8 +1,7 @@
-"""Whether memory holds under churn: adapters loaded, replaced, moved, evicted and unloaded without end, every answer
+"""Does memory hold under churn? Adapters loaded, replaced, moved, evicted and unloaded without end, every answer
 compared."""
 
 import asyncio
-import json
 import random
 import shutil
 import statistics
@@ -17,19 +16,14 @@ from typing import Any
 
 import httpx
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from smoa_kernels.testing import random_blocks
 
-from benchmarks.bars import Bar
-from benchmarks.fleet import ENVIRONMENT
-from benchmarks.random_models import Shape, random_base
-from smoa_serve.adapters import write_portable
-from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base.checkpoint import BaseCheckpoint
-from smoa_serve.base.orders import cache_root
-from smoa_serve.base.spectral import even_ranks
-from smoa_serve.demo.server import ServerProcess, free_port, serve_command
+from benchmarks.harness.bars import Bar
+from benchmarks.harness.markdown import bar_table, setup_line, table
+from benchmarks.harness.models import Shape, random_base, write_lora, write_smoa
+from benchmarks.harness.question import Options
+from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness.servers import Server, running
 from smoa_serve.errors import SmoaError
 
 TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
@@ -40,53 +34,23 @@ SLOTS, HOST = 4, 6  # fewer than names: adapters are evicted from both all the t
 TOKENS = 6
 PROMPTS = tuple(tuple(20 + 3 * place % 100 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
-GROWTH = 0.02
+WARM_UP = 500  # operations
 LIMIT_S = 3600.0
+Answer = list[tuple[str, float, float]]  # per token: text, logprob, distance of the best two
 
 
 class ChurnError(SmoaError):
     """An answer was wrong, or the server refused what it has to do."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A greedy completion: token texts, the logprob of each, the distance of the best two."""
-
-    tokens: tuple[str, ...]
-    logprobs: tuple[float, ...]
-    margins: tuple[float, ...]
-
-    def is_close(self, other: "Answer") -> bool:
-        """Whether they are the same up to rounding; after a near tie they may part."""
-        for place, token in enumerate(self.tokens):
-            if token != other.tokens[place]:
-                return other.margins[place] < NEAR_TIE
-            if abs(self.logprobs[place] - other.logprobs[place]) > TOLERANCE:
-                return False
-        return True
-
-
-@dataclass
-class Sample:
-    """Memory at one moment.
-
-    Attributes:
-        operations: so far.
-        anon_kib: anonymous memory by process title; pages of files are shared with whoever reads them.
-        metrics_bytes: size of /metrics; lora_series: series of vllm:lora_requests_info in it.
-        status: the memory fields of the first worker's `smoa_status`, empty where the server does not show them.
-    """
-
-    operations: int
-    anon_kib: dict[str, int]
-    metrics_bytes: int
-    lora_series: int
-    status: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def total_kib(self) -> int:
-        """Of all processes."""
-        return sum(self.anon_kib.values())
+def is_close(one: Answer, other: Answer) -> bool:
+    """Whether two greedy completions are the same up to rounding; after a near tie they may part."""
+    for (token, logprob, _), (again, logprob_again, margin) in zip(one, other, strict=True):
+        if token != again:
+            return margin < NEAR_TIE
+        if abs(logprob - logprob_again) > TOLERANCE:
+            return False
+    return True
 
 
 class Churn:
@@ -97,7 +61,6 @@ class Churn:
         client: with the server's address and headers.
         contents: adapter folders that the server may load.
         movable: of each, whether it can be resident or merged.
-        seed: of all choices.
         prefix: of the names.
 
     Attributes:
@@ -106,11 +69,10 @@ class Churn:
     """
 
     def __init__(
-        self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], seed: int = 0,
-        prefix: str = "churn",
-    ) -> None:  # fmt: skip
+        self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], prefix: str = "churn"
+    ) -> None:
         self._client, self._contents, self._movable, self._prefix = client, contents, movable, prefix
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._answers: list[list[Answer]] = []
         self.operations = self.requests = 0
         self.wrong: list[str] = []
@@ -124,19 +86,14 @@ class Churn:
             self._answers.append([await self._ask(name, prompt) for prompt in PROMPTS])
             await self._post("/v1/unload_lora_adapter", {"lora_name": name})
             for other, answers in enumerate(self._answers[:-1]):
-                if answers[0].is_close(self._answers[-1][0]):
+                if is_close(answers[0], self._answers[-1][0]):
                     raise ChurnError(f"contents {path} and {self._contents[other]} answer alike; make them stronger")
 
     async def run(
         self, operations: int, look: Callable[[int], None] | None = None, every: int = 100, limit_s: float = LIMIT_S
     ) -> None:
-        """So many operations, and requests beside them.
-
-        Args:
-            operations: how many more; limit_s: or as many as take so long.
-            look: called with the number of operations.
-            every: so many of them.
-        """
+        """So many operations (or as many as take so long), and requests beside them; `look` gets their number every so
+        many of them."""
         end, watched = self.operations + operations, self.operations + every
         deadline = time.monotonic() + limit_s
 
@@ -147,7 +104,10 @@ class Churn:
                 await self._operate(worker, state)
                 self.operations += 1
                 for name in self._random.sample(sorted(state.loaded), k=min(2, len(state.loaded))):
-                    await self._check(name, state.loaded[name])
+                    content, index = state.loaded[name], self._random.randrange(len(PROMPTS))
+                    found = await self._ask(name, PROMPTS[index])
+                    if not is_close(found, self._answers[content][index]):
+                        self.wrong.append(f"{name}: {found} instead of {self._answers[content][index]}")
                 if look is not None and self.operations >= watched:
                     watched += every
                     look(self.operations)
@@ -206,20 +166,14 @@ class Churn:
             raise ChurnError(f"POST {path} {body}: {response.status_code}: {response.text[:500]}")
         return response
 
-    async def _check(self, name: str, content: int) -> None:
-        index = self._random.randrange(len(PROMPTS))
-        found = await self._ask(name, PROMPTS[index])
-        if not found.is_close(self._answers[content][index]):
-            self.wrong.append(f"{name}: {found} instead of {self._answers[content][index]}")
-
     async def _ask(self, name: str, prompt: Sequence[int]) -> Answer:
         body = {"model": name, "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "logprobs": 2}
         response = await self._post("/v1/completions", body | {"ignore_eos": True, "return_tokens_as_token_ids": True})
         self.requests += 1
-        logprobs = response.json()["choices"][0]["logprobs"]
-        best = [sorted(top.values(), reverse=True) for top in logprobs["top_logprobs"]]
-        margins = tuple(top[0] - top[1] for top in best)
-        return Answer(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]), margins)
+        found = response.json()["choices"][0]["logprobs"]
+        best = [sorted(top.values(), reverse=True) for top in found["top_logprobs"]]
+        margins = [top[0] - top[1] for top in best]
+        return list(zip(found["tokens"], found["token_logprobs"], margins, strict=True))
 
 
 @dataclass
@@ -245,109 +199,87 @@ def anon_kib(session: int) -> dict[str, int]:
     return found
 
 
-def sample(session: int, client: httpx.Client, operations: int) -> Sample:
-    """Look at a server.
-
-    Args:
-        session: process id of its first process.
-        client: with its address and headers.
-        operations: so far.
-    """
+def sample(session: int, client: httpx.Client, operations: int) -> Row:
+    """Look at a server: anonymous memory by process title (pages of files are shared with whoever reads them), what
+    /metrics holds, the memory fields of the first worker's `smoa_status`."""
     text = client.get("/metrics").raise_for_status().text
     series = sum(line.startswith("vllm:lora_requests_info{") for line in text.splitlines())
     answer = client.post("/collective_rpc", json={"method": "smoa_status"})
     status = answer.json()["results"][0] if answer.is_success else {}
     kept = ("partition_bytes", "partitions", "host_bytes", "contents", "tokens")
-    return Sample(operations, anon_kib(session), len(text), series, {key: status[key] for key in kept if key in status})
+    sizes = anon_kib(session)
+    row = {"kind": "sample", "operations": operations, "anon_kib": sizes, "total_kib": sum(sizes.values())}
+    row |= {"metrics_bytes": len(text), "lora_series": series}
+    return row | {"status": {key: status[key] for key in kept if key in status}}
 
 
-def make_contents(base_dir: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
+def make_contents(base: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
     """Random adapters of all kinds with updates about as large as the weights, and which of them can be moved."""
-    base = BaseCheckpoint.open(base_dir)
-    modules = [name for name in base.linear_modules if name.endswith("_proj")]
     kinds = [KINDS[index % len(KINDS)] for index in range(count)]
     paths = [folder / f"{kind}-{index}" for index, kind in enumerate(kinds)]
     for index, (kind, path) in enumerate(zip(kinds, paths, strict=True)):
-        generator = torch.Generator().manual_seed(index)
+        own = torch.Generator().manual_seed(index)
         if kind == "lora":
-            _write_lora(base, modules, generator, path)
+            write_lora(base, path, 4, own, strength=0.1, dtype=torch.float32)
         else:
-            _write_smoa(base, modules, generator, path, 1 if kind == "hira" else 2 + index % 3)
+            num_blocks = 1 if kind == "hira" else 2 + index % 3
+            write_smoa(base, path, 4 * num_blocks, num_blocks, own, strength=0.5, dtype=torch.float32)
     return paths, [kind != "lora" for kind in kinds]
 
 
-def _write_smoa(
-    base: BaseCheckpoint, modules: Sequence[str], generator: torch.Generator, out: Path, num_blocks: int
-) -> None:
-    rank = 4 * num_blocks
-    ranks = even_ranks(rank, num_blocks)
-    updates = {}
-    for name in modules:
-        rows, cols = base.shape(name)
-        a, b = torch.randn(4, cols, generator=generator), torch.randn(rows, 4, generator=generator) / 2
-        ids = [random_blocks(size, num_blocks, generator) for size in (rows, cols)]
-        updates[name] = ModuleUpdate(a, b, *ids, ranks, 1.0, base.fingerprint(name))
-    kind, order = AdapterKind.SMOA, OrderStatus.RECORDED
-    if num_blocks == 1:
-        kind, order = AdapterKind.HIRA, OrderStatus.NOT_NEEDED
-    write_portable(Adapter(kind, updates, rank, num_blocks, float(rank), order), out)
-
-
-def _write_lora(base: BaseCheckpoint, modules: Sequence[str], generator: torch.Generator, out: Path) -> None:
-    tensors = {}
-    for name in modules:
-        rows, cols = base.shape(name)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, cols, generator=generator) * 0.1
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
-    out.mkdir(parents=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.rpartition(".")[2] for name in modules})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": targets, "bias": "none"}
-    (out / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def growth(samples: Sequence[Sample], warm_up: int) -> float:
+def growth(samples: Sequence[Row], warm_up: int) -> float:
     """Share by which memory grew: the median of the last fifth against that of the first fifth after the warm-up."""
-    sizes = [one.total_kib for one in samples if one.operations > warm_up]
+    sizes = [row["total_kib"] for row in samples if row["operations"] > warm_up]
     part = max(1, len(sizes) // 5)
     return statistics.median(sizes[-part:]) / statistics.median(sizes[:part]) - 1
 
 
-def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    """10,000 operations, or 1,500.
+def cases(options: Options) -> tuple[int, int]:
+    """(operations, how often to look)."""
+    return (1500, 50) if options.quick else (10_500, 100)
 
-    Returns:
-        Rows for the results, and the bars.
+
+def measure(case: tuple[int, int], options: Options) -> list[Row]:
+    """A row per look at the server, and one of the whole run.
+
+    Raises:
+        ChurnError: an answer was wrong, or something was refused.
     """
-    operations, warm_up, every = (1500, 500, 50) if quick else (10_500, 500, 100)
-    console = Console(stderr=True)
     folder = Path(tempfile.mkdtemp(prefix="smoa-churn-"))
     try:
-        base = _loud_base(folder / "base")
-        contents, movable = make_contents(base, folder / "adapters")
-        samples, churn = _serve(base, folder, contents, movable, operations, every, console)
+        base = _loud_base(folder / "churn" / "base")
+        samples, churn = _serve(base, folder, *make_contents(base, folder / "adapters"), *case)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if churn.wrong:
         raise ChurnError(f"after {churn.operations} operations: {churn.wrong[0]}")
-    grown = growth(samples, warm_up)
-    rows: list[dict[str, object]] = [{"kind": "sample", **vars(one), "total_kib": one.total_kib} for one in samples]
-    rows.append(
-        {
-            "kind": "churn",
-            "operations": churn.operations,
-            "requests": churn.requests,
-            "done": dict(churn.done),
-            "wrong": len(churn.wrong),
-            "growth": round(grown, 5),
-        }
-    )
-    sizes = [one.total_kib / 1024 for one in samples if one.operations > warm_up]
-    most = max(one.lora_series for one in samples)
-    return rows, [
-        Bar("memory of all processes after against before, share", grown, None, (min(sizes), max(sizes)), GROWTH),
+    counts = {"operations": churn.operations, "requests": churn.requests, "done": dict(churn.done), "wrong": 0}
+    whole = {"kind": "churn", **counts, "growth": round(growth(samples, WARM_UP), 5)}
+    return [*samples, whole]
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    """Memory does not grow, and neither do the names that the metrics keep."""
+    (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
+    sizes = [row["total_kib"] / 1024 for row in samples if row["operations"] > WARM_UP]
+    name = "memory of all processes after against before, share"
+    most = max(row["lora_series"] for row in samples)
+    return [
+        Bar(name, whole["growth"], None, (min(sizes), max(sizes)), 0.02),
         Bar("series of vllm:lora_requests_info", most, None, (0, most), 1),
     ]
+
+
+def section(rows: Sequence[Row]) -> str:
+    """What was done, what it left behind, and the bars."""
+    (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
+    done = ", ".join(f"{name} {count:,}" for name, count in whole["done"].items())
+    words = (
+        f"{whole['operations']:,} operations ({done}), {whole['requests']:,} requests, {whole['wrong']} wrong answers."
+    )
+    memory = {"operations": "{operations:,}", "memory, MiB": lambda row: f"{row['total_kib'] / 1024:.1f}"}
+    some = [*samples[:: max(1, len(samples) // 10)], samples[-1]]
+    return "\n\n".join([setup_line(rows[0]), words, table(memory, some), bar_table(rows)])
 
 
 def _loud_base(out: Path) -> Path:
@@ -360,39 +292,27 @@ def _loud_base(out: Path) -> Path:
 
 
 def _serve(
-    base: Path,
-    folder: Path,
-    contents: Sequence[Path],
-    movable: Sequence[bool],
-    operations: int,
-    every: int,
-    console: Console,
-) -> tuple[list[Sample], Churn]:
-    port = free_port()
-    flags = ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    base: Path, folder: Path, contents: Sequence[Path], movable: Sequence[bool], operations: int, every: int
+) -> tuple[list[Row], Churn]:
+    flags = ["--adapters-root", str(folder / "adapters"), "--dtype", "float32", "--enforce-eager"]
     # Pages of the KV cache count once they were used: few blocks, or it would grow for as long as there are fresh ones.
-    flags += ["--num-gpu-blocks-override", "64"]
-    flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8", "--enable-lora"]
-    command = serve_command(base, ["--adapters-root", str(folder / "adapters"), *flags], port)
-    environment = ENVIRONMENT | {
+    flags += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enable-lora"]
+    flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8"]
+    environment = {
         "OMP_NUM_THREADS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for the workers' own accounts
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
         "SMOA_STORE_DIR": str(folder / "store"),
     }
-    samples: list[Sample] = []
-    logs = cache_root() / "benchmarks" / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with ServerProcess(command, port, logs / "churn.log", environment) as server:
-        server.wait_ready(lambda waited_s, line: None)
+    samples: list[Row] = []
+    with running(base, [Server("churn", True, {}, tuple(flags), environment)]) as servers:
+        server = servers["churn"]
         with httpx.Client(base_url=server.url, timeout=120) as watcher:
 
             def look(done: int) -> None:
                 samples.append(sample(server.pid, watcher, done))
                 if done % (10 * every) < every:
-                    now = samples[-1]
-                    mib = {name: size // 1024 for name, size in now.anon_kib.items()}
-                    console.print(f"{done} operations: {now.total_kib / 1024:.1f} MiB {mib}", highlight=False)
+                    print(f"{done} operations: {samples[-1]['total_kib'] / 1024:.1f} MiB {samples[-1]['anon_kib']}")
 
             async def churn_on() -> Churn:
                 limits = httpx.Limits(max_connections=WORKERS)

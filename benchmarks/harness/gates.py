@@ -4,25 +4,18 @@ Each result is judged by itself, against float32. Two results that were rounded 
 number: of ten million, one is off by more than either may be.
 """
 
-from smoa_kernels.testing import TOLERANCES
 from torch import Tensor
+
+from benchmarks.harness.ops import TOLERANCES
 
 
 def assert_rounded(name: str, found: Tensor, exact: Tensor) -> None:
-    """Raises unless `found` is `exact` but for rounding on the way.
+    """Raises AssertionError, which says where, unless `found` [T, H] is `exact` in float32 but for rounding on the way.
 
     A term of a delta is rounded up to eight times (factors, their product, that with the weight or with x, partial
     sums, the sum with y), each time by at most u = 2^-8 of itself in bfloat16. Errors of many terms are as often up as
     down: a row is off by about sqrt(8 / 3) u of its length. Allowed are 8 u for a row, and for a single number 16 u of
     itself and of its row's root mean square, about ten standard deviations. `TOLERANCES` holds 8 u for each dtype.
-
-    Args:
-        name: of the computation.
-        found: [T, H], in the dtype that it was computed in.
-        exact: [T, H] float32.
-
-    Raises:
-        AssertionError: it computes something else; says where.
     """
     tolerance, error = TOLERANCES[found.dtype], (found.float() - exact).abs()
     length = exact.norm(dim=1, keepdim=True)
