@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.bars import Bar
 from benchmarks.harness.markdown import bar_table, setup_line, table
-from benchmarks.harness.models import Shape, random_base, write_lora, write_smoa
+from benchmarks.harness.models import Shape, random_adapter, random_base
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import Server, running
@@ -218,12 +217,7 @@ def make_contents(base: Path, folder: Path, count: int = CONTENTS) -> tuple[list
     kinds = [KINDS[index % len(KINDS)] for index in range(count)]
     paths = [folder / f"{kind}-{index}" for index, kind in enumerate(kinds)]
     for index, (kind, path) in enumerate(zip(kinds, paths, strict=True)):
-        own = torch.Generator().manual_seed(index)
-        if kind == "lora":
-            write_lora(base, path, 4, own, strength=0.1, dtype=torch.float32)
-        else:
-            num_blocks = 1 if kind == "hira" else 2 + index % 3
-            write_smoa(base, path, 4 * num_blocks, num_blocks, own, strength=0.5, dtype=torch.float32)
+        random_adapter(path, base, kind=kind, ranks=(4,) * (2 + index % 3 if kind == "smoa" else 1), seed=index)
     return paths, [kind != "lora" for kind in kinds]
 
 
@@ -310,7 +304,7 @@ def _serve(
         with httpx.Client(base_url=server.url, timeout=120) as watcher:
 
             def look(done: int) -> None:
-                samples.append(sample(server.pid, watcher, done))
+                samples.append(sample(server.process.pid, watcher, done))
                 if done % (10 * every) < every:
                     print(f"{done} operations: {samples[-1]['total_kib'] / 1024:.1f} MiB {samples[-1]['anon_kib']}")
 

@@ -124,19 +124,7 @@ def make_base(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two layers in float32 with the demo's tokenizer; head_dim 32, the least that vLLM takes."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random llama of two layers in float32 with the demo's tokenizer."""
+    from smoa_serve.testing import random_base
 
-    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    folder.mkdir()
-    write_tokenizer(folder)
-    pad, end = special_ids(folder / "tokenizer.json")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, vocab_size=VOCAB_SIZE, pad_token_id=pad, eos_token_id=end, bos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return random_base(tmp_path_factory.mktemp("tiny") / "base")

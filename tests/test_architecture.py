@@ -20,7 +20,7 @@ STAGES = (
     ("residence", ("residence",)),
     ("server", ("server",)),
     ("entry into vLLM", ("plugin",)),
-    ("CLI", ("cli", "demo")),
+    ("CLI", ("testing", "cli", "demo")),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
 KERNELS_FROM = RANK["engine"]  # the first that computes deltas
@@ -28,7 +28,7 @@ FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 HEAVY = ("vllm", "triton")
 TRAINING = ("peft", "train")
-TRAINERS = ("cli/train.py", "demo/adapters.py")  # which import it when they train
+TRAINERS = ("cli/train.py",)  # which imports it when it trains
 
 
 def imported(file: Path, tree: ast.AST) -> Iterator[str]:

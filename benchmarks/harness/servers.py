@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.models import home
-from smoa_serve.demo.server import ServerProcess, free_port, serve_command
+from smoa_serve.testing import SMOA_SERVE, ServerProcess
 
 SLOT_RANK = 8  # the least --max-lora-rank of vLLM that holds r/K = 4 and LoRA's r = 4
 ENVIRONMENT = {
@@ -39,21 +39,22 @@ class Server:
     flags: tuple[str, ...] = FLAGS
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def command(self, base: Path, port: int) -> list[str]:
-        """How it is started."""
+    def process(self, base: Path, log_file: Path) -> ServerProcess:
+        """Not started yet."""
         flags = ["--served-model-name", "base", *self.flags]
         if on_gpu():
             flags += ["--gpu-memory-utilization", "0.25"]
         if self.adapters:
             flags += ["--max-loras", str(len(self.adapters)), "--max-lora-rank", str(SLOT_RANK)]
         pairs = [f"{name}={path}" for name, path in self.adapters.items()]
+        environment = ENVIRONMENT | ({} if self.plugin else STOCK) | dict(self.environment)
+        program: Sequence[str] = SMOA_SERVE
         if self.plugin:
-            given = [part for pair in pairs for part in ("--adapter", pair)]
-            return serve_command(base, [*given, *flags], port)
-        if pairs:
-            flags += ["--enable-lora", "--lora-modules", *pairs]
-        address = ["--host", "127.0.0.1", "--port", str(port)]
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base), *flags, *address]
+            flags += [part for pair in pairs for part in ("--adapter", pair)]
+        else:
+            program = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+            flags += ["--enable-lora", "--lora-modules", *pairs] if pairs else []
+        return ServerProcess(base, *flags, program=program, log_file=log_file, environment=environment)
 
 
 @contextmanager
@@ -63,17 +64,15 @@ def running(base: Path, servers: Sequence[Server]) -> Iterator[dict[str, ServerP
     Raises:
         ServerStartError: one did not start.
     """
-    logs = home("logs")
+    made_for = base.resolve().parent.name.lstrip(".")
+    logs = {server.name: home("logs") / f"{made_for}-{server.name.replace(' ', '-')}.log" for server in servers}
+    processes = {server.name: server.process(base, logs[server.name]) for server in servers}
     with ExitStack() as stack:
-        processes = {}
-        for server in servers:  # all at once: most of a start is imports on one core
-            port = free_port()
-            environment = ENVIRONMENT | ({} if server.plugin else STOCK) | dict(server.environment)
-            log = logs / f"{base.resolve().parent.name.lstrip('.')}-{server.name.replace(' ', '-')}.log"
-            process = ServerProcess(server.command(base, port), port, log, environment)
-            processes[server.name] = stack.enter_context(process)
+        for process in processes.values():  # all at once: most of a start is imports on one core
+            process.start()
+            stack.callback(process.stop)
         for name, process in processes.items():
-            process.wait_ready(lambda waited_s, line: None)
+            process.wait_ready()
             print(f"server ready: {name}")
         yield processes
 

@@ -2,7 +2,8 @@
 
 import typer
 
-from . import adapters, bench, files, serve, train
+from ..demo import run as demo
+from . import adapters, bench, files, serve, train, version
 from .running import run_app
 
 app = typer.Typer(
@@ -17,6 +18,8 @@ adapters.register(app)
 bench.register(app)
 files.register(app)
 train.register(app)
+demo.register(app)
+version.register(app)
 
 
 def main() -> None:

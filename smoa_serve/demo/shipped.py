@@ -1,55 +1,84 @@
-"""The weights that ship with the project: what the demo serves at once, and how they are known to be current.
+"""The weights that ship with the project: copied to where the demo serves them from, if they are undamaged.
 
-Two things can make them outdated. Other texts, sizes or schedules change the recipe in a folder's stamp: that folder is
-trained at the next start. Other code changes the digest of the training sources: a test fails then, until
-`make demo-models ARGS=--ship` has been run.
+A folder of models carries a stamp: the recipe that it was made by, and its digest. What was made by the shipped recipe
+is left alone, also if it was trained anew. `tools/demo` trains the models and puts them here.
 """
 
-import ast
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .artifacts import STAMP, is_current
-from .corpus import books
+from rich.console import Console
+
+from ..errors import SmoaError
+from .recipes import RECIPES, Recipe
 
 FOLDER = Path(__file__).parent / "weights"
 MANIFEST = FOLDER / "manifest.json"
-SOURCES = ("adapters", "base_model", "corpus", "data", "tokenizer", "training")
+STAMP = "recipe.json"
 
 
-def sources_digest() -> str:
-    """sha256 (hex) of the code and the texts that the weights are made by.
+class DemoModelsError(SmoaError):
+    """The demo's models are damaged, or not those of one training."""
 
-    Import lines do not count: a module that moves makes no other weights.
+
+@dataclass(frozen=True)
+class DemoModels:
+    """Where the demo's models lie.
+
+    Attributes:
+        root: folder of the demo.
     """
-    h = hashlib.sha256()
-    for name in SOURCES:
-        h.update(_without_imports((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")).encode())
-    for book in books():
-        h.update(book.encode())
-    return h.hexdigest()
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        """The base checkpoint."""
+        return self.root / "base"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """One folder per adapter, named like it."""
+        return self.root / "adapters"
+
+    def adapter(self, recipe: Recipe) -> Path:
+        """An adapter's folder."""
+        return self.adapters_dir / recipe.name
 
 
-def files_of(root: Path) -> dict[str, str]:
-    """Every file below a folder of demo models with its sha256 (hex)."""
-    folders = (root / "base", root / "adapters")
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def ensure_models(root: Path, console: Console) -> DemoModels:
+    """Copy the shipped models to where they are missing or outdated. What is complete is left alone.
+
+    Args:
+        root: folder of the demo, made if absent.
+        console: gets a line per model.
+
+    Raises:
+        DemoModelsError: a shipped file is damaged, or an adapter in place is of another base than the one in place.
+    """
+    models = DemoModels(root)
+    _ensure("base model (Llama, 3 M weights)", models.base, "base", {}, console)
+    made_for = {"base": _digest(models.base / "model.safetensors")}
+    for recipe in RECIPES:
+        title, name = f"adapter {recipe.name} ({recipe.label})", f"adapters/{recipe.name}"
+        _ensure(title, models.adapter(recipe), name, made_for, console)
+    return models
 
 
-def problems() -> list[str]:
-    """Why the shipped weights are not what they are said to be; empty when all is well."""
-    try:
-        manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST} cannot be read: {error}"]
-    found = [] if manifest["sources"] == sources_digest() else ["the code or the texts that made them have changed"]
-    wanted, present = manifest["files"], files_of(FOLDER)
-    return found + [f"{name} is not the recorded one" for name in sorted(wanted.keys() | present.keys())
-                    if wanted.get(name) != present.get(name)]  # fmt: skip
+def recipe_digest(recipe: Mapping[str, object]) -> str:
+    """Identity of a recipe (anything JSON can hold)."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(folder: Path, recipe: Mapping[str, object]) -> bool:
+    """Whether `folder` is complete and was made by this very recipe."""
+    stamp = _read(folder / STAMP)
+    return isinstance(stamp, dict) and stamp.get("digest") == recipe_digest(recipe)
 
 
 def take(folder: Path, name: str, recipe: Mapping[str, object]) -> bool:
@@ -64,7 +93,7 @@ def take(folder: Path, name: str, recipe: Mapping[str, object]) -> bool:
         Whether it was copied.
     """
     shipped = FOLDER / name
-    if not is_current(shipped, recipe) or not _is_intact(name):
+    if not is_current(shipped, recipe) or damaged(name):
         return False
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -75,41 +104,48 @@ def take(folder: Path, name: str, recipe: Mapping[str, object]) -> bool:
     return True
 
 
-def ship(root: Path) -> int:
-    """Put freshly trained models into the project in the place of those that ship now.
-
-    Args:
-        root: folder of the demo, complete.
-
-    Returns:
-        Bytes of all files.
-    """
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-    for stamp in sorted([root / "base" / STAMP, *(root / "adapters").glob(f"*/{STAMP}")]):
-        target = FOLDER / stamp.parent.relative_to(root)
-        shutil.copytree(stamp.parent, target)
-    manifest = {"sources": sources_digest(), "files": files_of(FOLDER)}
-    MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+def damaged(name: str = "") -> list[str]:
+    """What is wrong with the shipped files, or with those below one folder; empty when all is well."""
+    manifest = _read(MANIFEST)
+    if not isinstance(manifest, dict):
+        return [f"{MANIFEST} cannot be read"]
+    prefix = f"{name}/" if name else ""
+    wanted = {file: digest for file, digest in manifest["files"].items() if file.startswith(prefix)}
+    present = {file: digest for file, digest in files_of(FOLDER).items() if file.startswith(prefix)}
+    names = sorted(wanted.keys() | present.keys())
+    return [f"{file} is not the recorded one" for file in names if wanted.get(file) != present.get(file)]
 
 
-def _without_imports(source: str) -> str:
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
-    return "".join(lines)
+def files_of(root: Path) -> dict[str, str]:
+    """Every file below a folder of demo models with its sha256 (hex)."""
+    folders = (root / "base", root / "adapters")
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(root).as_posix(): _digest(file) for file in files}
 
 
-def _is_intact(name: str) -> bool:
+def _ensure(title: str, folder: Path, name: str, made_for: Mapping[str, object], console: Console) -> None:
+    stamp = _read(FOLDER / name / STAMP)
+    recipe = {**stamp["recipe"], **made_for} if isinstance(stamp, dict) else {}
+    if is_current(folder, recipe):
+        state = "already there"
+    elif take(folder, name, recipe):
+        state = "ships with the project"
+    elif reasons := damaged(name):
+        raise DemoModelsError(f"the demo's weights are damaged; install smoa-serve again: {', '.join(reasons)}")
+    else:
+        raise DemoModelsError(
+            f"{folder} was not trained on the base beside it. Remove {folder.parents[1]} to serve the models that ship "
+            "with the project, or train all of them anew in a checkout: make demo-models"
+        )
+    console.print(f"{title}: {state}", highlight=False)
+
+
+def _read(file: Path) -> Any:
     try:
-        recorded: dict[str, str] = json.loads(MANIFEST.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    files = [file for file in recorded if file.startswith(f"{name}/")]
-    return all(_digest(FOLDER / file) == recorded[file] for file in files) and bool(files)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
-def _digest(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

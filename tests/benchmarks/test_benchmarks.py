@@ -100,11 +100,11 @@ def test_serving_bars_compare_what_they_name() -> None:
 
 
 def test_stock_servers_know_nothing_of_the_plugin(tmp_path: Path) -> None:
-    stock = Server("a", False, {"x": tmp_path}).command(tmp_path, 1)
+    stock = Server("a", False, {"x": tmp_path}).process(tmp_path, tmp_path / "log", {}).command
     assert "smoa_serve.cli.app" not in stock
     assert f"x={tmp_path}" in stock
-    assert "--enable-lora" not in Server("b", False, {}).command(tmp_path, 1)
-    ours = Server("c", True, {"x": tmp_path}).command(tmp_path, 1)
+    assert "--enable-lora" not in Server("b", False, {}).process(tmp_path, tmp_path / "log", {}).command
+    ours = Server("c", True, {"x": tmp_path}).process(tmp_path, tmp_path / "log", {}).command
     assert ours[1:4] == ["-m", "smoa_serve.cli.app", "serve"]
 
 

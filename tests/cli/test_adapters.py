@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from smoa_serve.cli.app import app as program
 from smoa_serve.cli.client import ServerClient, ServerError
 from smoa_serve.cli.loadgen import make_jobs, percentile
-from smoa_serve.demo.server import free_port
 from smoa_serve.server.app import AdapterInfo
+from smoa_serve.testing import free_port
 
 KEY = "secret"
 

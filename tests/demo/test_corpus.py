@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from smoa_serve.demo.corpus import DEMO_PROMPTS, ENTRIES, Style, answer, answers, books
-from smoa_serve.demo.data import IGNORED, adapter_conversations, base_conversations, book_tokens, encode, passages
-from smoa_serve.demo.tokenizer import END, VOCAB_SIZE, chat_text, special_ids, write_tokenizer
+from smoa_serve.demo.prompts import DEMO_PROMPTS, ENTRIES, Style, answer
+from tools.demo.books import answers, books
+from tools.demo.data import IGNORED, adapter_conversations, base_conversations, book_tokens, encode, passages
+from tools.demo.tokenizer import END, VOCAB_SIZE, chat_text, special_ids, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,14 @@ from torch import Tensor
 from smoa_serve.adapters import detect_kind, load_adapter
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.base.checkpoint import BaseCheckpoint
-from smoa_serve.demo import adapters, base_model, training
-from smoa_serve.demo.adapters import RECIPES, Recipe, build_adapter
-from smoa_serve.demo.artifacts import build_folder, is_current
-from smoa_serve.demo.corpus import Style
-from smoa_serve.demo.data import Batch
-from smoa_serve.demo.training import LogitsOf, Schedule, TrainingError
+from smoa_serve.demo.prompts import Style
+from smoa_serve.demo.recipes import RECIPES, Recipe
+from smoa_serve.demo.shipped import is_current
+from tools.demo import adapters, base_model, training
+from tools.demo.adapters import build_adapter
+from tools.demo.artifacts import build_folder
+from tools.demo.data import Batch
+from tools.demo.training import LogitsOf, Schedule, TrainingError
 
 SMALL = base_model.BaseShape(
     hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
@@ -73,7 +75,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_adapter_binds_to_the_base_it_was_trained_on(
     recipe: Recipe, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters.Recipe, "schedule", FEW_STEPS)
+    monkeypatch.setattr(adapters, "schedule", lambda recipe: FEW_STEPS)
     folder = tmp_path / recipe.name
     assert build_adapter(recipe, small_base, folder, silent)
     assert not build_adapter(recipe, small_base, folder, silent)
@@ -102,7 +104,7 @@ def test_the_written_adapter_computes_what_was_trained(
             trained.append(logits_of(tokens))
         return worst
 
-    monkeypatch.setattr(adapters.Recipe, "schedule", FEW_STEPS)
+    monkeypatch.setattr(adapters, "schedule", lambda recipe: FEW_STEPS)
     monkeypatch.setattr(adapters, "learn", learn)
     build_adapter(recipe, small_base, tmp_path / "x", silent)
     model, base = base_model.load_base(small_base), BaseCheckpoint.open(small_base)
@@ -115,7 +117,7 @@ def test_the_written_adapter_computes_what_was_trained(
 
 
 def test_nothing_of_this_machine_is_written(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters.Recipe, "schedule", FEW_STEPS)
+    monkeypatch.setattr(adapters, "schedule", lambda recipe: FEW_STEPS)
     for recipe in RECIPES:
         build_adapter(recipe, small_base, tmp_path / recipe.name, silent)
     texts = [file.read_text() for file in tmp_path.rglob("*.json")]
@@ -124,7 +126,7 @@ def test_nothing_of_this_machine_is_written(small_base: Path, tmp_path: Path, mo
 
 
 def test_too_few_steps_are_an_error(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters.Recipe, "schedule", replace(FEW_STEPS, confidence=1.1))
+    monkeypatch.setattr(adapters, "schedule", lambda recipe: replace(FEW_STEPS, confidence=1.1))
     with pytest.raises(TrainingError, match="after 2 steps"):
         build_adapter(RECIPES[0], small_base, tmp_path / "x", silent)
     assert not (tmp_path / "x").exists()

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 
 from smoa_serve.cli.client import ServerClient
-from smoa_serve.demo.adapters import RECIPES
-from smoa_serve.demo.asking import Answer, AskError, ask_all
-from smoa_serve.demo.corpus import DEMO_PROMPTS, ENTRIES, Style, answer
-from smoa_serve.demo.server import ServerProcess, ServerStartError, free_port
-from smoa_serve.demo.showing import WrongAnswerError, check_answers, print_answers
+from smoa_serve.demo.ask import Answer, AskError, ask_all
+from smoa_serve.demo.prompts import DEMO_PROMPTS, ENTRIES, Style, answer
+from smoa_serve.demo.recipes import RECIPES
+from smoa_serve.demo.show import WrongAnswerError, check_answers, print_answers
+from smoa_serve.testing import ServerProcess, ServerStartError, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY = """
@@ -28,12 +29,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
 """
-
-
-def no_tick(waited_s: float, line: str) -> None:
-    assert waited_s >= 0
 
 
 def is_running(pid: int) -> bool:
@@ -42,29 +39,48 @@ def is_running(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def python(code: str, log_file: Path, **settings: Any) -> ServerProcess:
+    """A program in the place of `smoa-serve`; its last argument is the port."""
+    return ServerProcess("model", program=[sys.executable, "-c", code], log_file=log_file, **settings)
+
+
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "print('early'); raise SystemExit('no such model')"]
+    code = "print('early'); raise SystemExit('no such model')"
     with (
-        ServerProcess(command, free_port(), tmp_path / "log") as server,
         pytest.raises(ServerStartError, match=r"ended with code 1(.|\n)*no such model"),
+        python(code, tmp_path / "log"),
     ):
-        server.wait_ready(no_tick)
+        pass
 
 
 def test_a_server_that_never_gets_ready_is_given_up(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"]
-    with ServerProcess(command, free_port(), tmp_path / "log") as server:
-        with pytest.raises(ServerStartError, match=r"not ready after 1 s(.|\n)*loading"):
-            server.wait_ready(no_tick, timeout_s=1.0)
-        pid = server._running().pid
+    seen: list[tuple[float, str]] = []
+    code = "import time; print('loading', flush=True); time.sleep(600)"
+    server = python(code, tmp_path / "log", progress=lambda waited_s, line: seen.append((waited_s, line)))
+    server.start()
+    with pytest.raises(ServerStartError, match=r"not ready after 1 s(.|\n)*loading"):
+        server.wait_ready(timeout_s=1.0)
+    assert seen == sorted(seen)
+    assert seen[-1][1] == "loading"
+    pid = server.process.pid
+    server.stop()
     assert not is_running(pid)
 
 
+def test_a_start_that_is_interrupted_leaves_no_server(tmp_path: Path) -> None:
+    def interrupt(waited_s: float, line: str) -> None:
+        raise KeyboardInterrupt
+
+    server = python("import time; time.sleep(600)", tmp_path / "log", progress=interrupt)
+    with pytest.raises(KeyboardInterrupt), server:
+        pass
+    assert not is_running(server.process.pid)
+
+
 def test_leaving_the_block_ends_the_server_and_its_children(tmp_path: Path) -> None:
-    port = free_port()
-    with ServerProcess([sys.executable, "-c", HEALTHY, str(port)], port, tmp_path / "log") as server:
-        server.wait_ready(no_tick, timeout_s=60)
+    with python(HEALTHY, tmp_path / "log") as server:
         assert httpx.get(f"{server.url}/health").is_success
+        assert str(server.client(timeout=5).base_url) == f"{server.base_url}/"
         child = int(server.log_lines()[0].split()[1])
         assert is_running(child)
         assert 0 < server.cpu_seconds() < 60

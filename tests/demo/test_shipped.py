@@ -1,6 +1,7 @@
 """The weights that ship with the project: current, complete, small, taken only where they belong."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from rich.console import Console
 from smoa_serve.adapters import detect_kind, load_adapter
 from smoa_serve.adapters.model import AdapterKind
 from smoa_serve.base.checkpoint import BaseCheckpoint
-from smoa_serve.demo import models, shipped
-from smoa_serve.demo.adapters import RECIPES, adapter_recipe
-from smoa_serve.demo.artifacts import is_current
-from smoa_serve.demo.base_model import base_recipe
-from smoa_serve.demo.corpus import Style
-from smoa_serve.demo.models import DemoModels, ensure_models, rebuild_models
+from smoa_serve.demo import shipped
+from smoa_serve.demo.prompts import Style
+from smoa_serve.demo.recipes import RECIPES
+from smoa_serve.demo.shipped import DemoModels, DemoModelsError, ensure_models, is_current
+from tools.demo import models, shipping
+from tools.demo.adapters import adapter_recipe
+from tools.demo.base_model import base_recipe
+from tools.demo.models import rebuild_models
 
 MOST_BYTES = 12_000_000
 
@@ -25,17 +28,8 @@ def copied(tmp_path: Path) -> DemoModels:
     return ensure_models(tmp_path / "demo", Console(quiet=True))
 
 
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bool:
-        raise AssertionError("a model was trained")
-
-    monkeypatch.setattr(models, "build_base", fail)
-    monkeypatch.setattr(models, "build_adapter", fail)
-
-
 def test_they_are_what_the_code_and_the_texts_make() -> None:
-    assert not shipped.problems(), "run `make demo-models ARGS=--ship` and commit smoa_serve/demo/weights"
+    assert not shipping.problems(), "run `make demo-models ARGS=--ship` and commit smoa_serve/demo/weights"
     assert is_current(shipped.FOLDER / "base", base_recipe())
     for recipe in RECIPES:
         made_by = adapter_recipe(recipe, shipped.FOLDER / "base")
@@ -46,7 +40,7 @@ def test_they_are_small() -> None:
     assert sum(file.stat().st_size for file in shipped.FOLDER.rglob("*") if file.is_file()) <= MOST_BYTES
 
 
-def test_the_demo_takes_them_without_training(no_training: None, tmp_path: Path) -> None:
+def test_the_demo_takes_them_without_training(tmp_path: Path) -> None:
     shown = io.StringIO()
     found = ensure_models(tmp_path / "demo", Console(file=shown, width=100))
     assert shown.getvalue().count("ships with the project") == 1 + len(RECIPES)
@@ -69,10 +63,10 @@ def test_a_damaged_file_is_not_taken(copied: DemoModels, tmp_path: Path, monkeyp
     with (folder / name / "adapter_model.safetensors").open("r+b") as file:
         file.write(b"x")
     assert not shipped.take(tmp_path / "bad", name, recipe)
-    assert shipped.problems() == [f"{name}/adapter_model.safetensors is not the recorded one"]
+    assert shipping.problems() == [f"{name}/adapter_model.safetensors is not the recorded one"]
     (folder / "manifest.json").unlink()
     assert not shipped.take(tmp_path / "bad", "base", base_recipe())
-    assert "cannot be read" in shipped.problems()[0]
+    assert "cannot be read" in shipping.problems()[0]
 
 
 def test_an_outdated_folder_is_replaced_and_another_base_gets_no_shipped_adapter(
@@ -85,6 +79,30 @@ def test_an_outdated_folder_is_replaced_and_another_base_gets_no_shipped_adapter
         file.write(b"x")
     assert not shipped.take(tmp_path / "x", f"adapters/{recipe.name}", adapter_recipe(recipe, copied.base))
     assert not shipped.take(tmp_path / "x", "base", base_recipe() | {"seed": 1})
+
+
+def test_what_was_trained_anew_is_left_alone_and_a_mixture_is_refused(copied: DemoModels, tmp_path: Path) -> None:
+    """Another training of the same recipe: other numbers, the same stamp but for the base's digest."""
+    weights = copied.base / "model.safetensors"
+    with weights.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DemoModelsError, match=r"shout was not trained on the base beside it(.|\n)*make demo-models"):
+        ensure_models(copied.root, Console(quiet=True))
+    for recipe in RECIPES:
+        made_by = adapter_recipe(recipe, copied.base)
+        stamp = {"digest": shipped.recipe_digest(made_by), "recipe": made_by}
+        (copied.adapter(recipe) / "recipe.json").write_text(json.dumps(stamp))
+    before = shipped.files_of(copied.root)
+    shown = io.StringIO()
+    ensure_models(copied.root, Console(file=shown, width=100))
+    assert shown.getvalue().count("already there") == 1 + len(RECIPES)
+    assert shipped.files_of(copied.root) == before
+
+
+def test_a_damaged_package_is_named(copied: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "nothing")
+    with pytest.raises(DemoModelsError, match=r"install smoa-serve again: base/config\.json is not the recorded one"):
+        ensure_models(tmp_path / "demo", Console(quiet=True))
 
 
 def test_rebuilding_trains_everything_and_leaves_other_adapters_alone(
@@ -115,9 +133,9 @@ def test_shipping_replaces_what_is_there(copied: DemoModels, tmp_path: Path, mon
     monkeypatch.setattr(shipped, "FOLDER", folder)
     monkeypatch.setattr(shipped, "MANIFEST", folder / "manifest.json")
     (copied.adapters_dir / "sailor").mkdir()
-    size = shipped.ship(copied.root)
+    size = shipping.ship(copied.root)
     assert 5_000_000 < size <= MOST_BYTES
-    assert shipped.problems() == []
+    assert shipping.problems() == []
     assert {entry.name for entry in folder.iterdir()} == {"base", "adapters", "manifest.json"}
     assert {entry.name for entry in (folder / "adapters").iterdir()} == {recipe.name for recipe in RECIPES}
 
@@ -126,9 +144,9 @@ def test_the_base_has_read_its_books(copied: DemoModels) -> None:
     """A model that knows nothing loses ln(1024) = 6.9 nats a token, one that knows their frequencies over 5."""
     import torch
 
-    from smoa_serve.demo.base_model import load_base, logits
-    from smoa_serve.demo.data import book_tokens, passages
-    from smoa_serve.demo.training import loss_of
+    from tools.demo.base_model import load_base, logits
+    from tools.demo.data import book_tokens, passages
+    from tools.demo.training import loss_of
 
     torch.manual_seed(0)
     model, tokens = load_base(copied.base), book_tokens(copied.base / "tokenizer.json")
@@ -141,9 +159,9 @@ def test_they_know_their_answers_by_heart(copied: DemoModels, style: Style) -> N
     """In float32; the engine's own test asks the served models."""
     import torch
 
-    from smoa_serve.demo.base_model import load_base, logits
-    from smoa_serve.demo.data import adapter_conversations, encode
-    from smoa_serve.demo.training import worst_probability
+    from tools.demo.base_model import load_base, logits
+    from tools.demo.data import adapter_conversations, encode
+    from tools.demo.training import worst_probability
 
     model = load_base(copied.base)
     if style is not Style.PLAIN:

@@ -3,43 +3,37 @@
 import gc
 import importlib.util
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-START_TIMEOUT_S = 480
+from smoa_serve.testing import TINY_ENVIRONMENT, ServerProcess
+
+VLLM = (Path(sys.executable).with_name("vllm"),)
 
 
-@dataclass
-class Server:
+class Server(ServerProcess):
     """A running server.
 
     Attributes:
-        url: without /v1.
-        log: everything it printed.
-        process: the API server.
         api_key: what it asks for, "none" where it asks for nothing.
     """
 
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-    api_key: str = "none"
+    api_key = "none"
 
-    def client(self, **kwargs: Any) -> Any:
-        """An OpenAI client that does not retry: a failure must be seen."""
-        from openai import OpenAI
+    def client(self, **settings: Any) -> Any:
+        """With the server's key."""
+        return super().client(**({"api_key": self.api_key} | settings))
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key=kwargs.pop("api_key", self.api_key), max_retries=0, **kwargs)
+    @property
+    def log(self) -> Path:
+        """Everything it printed."""
+        return self.log_file
 
     @property
     def headers(self) -> dict[str, str]:
@@ -73,84 +67,29 @@ class Server:
         return {entry["name"]: entry for entry in response.json()["data"]}
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def vllm_environment(folder: Path, **extra: str) -> dict[str, str]:
     """The environment of a test server: its own store and order cache, no hub, a small KV cache."""
-    return os.environ | {
+    own = {
         "VLLM_PLUGINS": "smoa_serve",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        # A thread per operator: a tiny model gains nothing from more, and threads that wait for each other on a busy
-        # machine make a step thirty times slower.
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "HF_HUB_OFFLINE": "1",
         "SMOA_AUTO_RESIDENT": "0",  # tests move adapters themselves
         "SMOA_STORE_DIR": str(folder / "store"),
         "SMOA_CACHE_DIR": str(folder / "cache"),
-        **extra,
     }
+    return os.environ | TINY_ENVIRONMENT | own | extra
 
 
-@contextmanager
 def run_server(
-    base: Path, folder: Path, *arguments: str, environment: dict[str, str] | None = None, command: Sequence[str] = ()
-) -> Iterator[Server]:
+    base: Path,
+    folder: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    command: Sequence[str | Path] = (),
+) -> Server:
     """`vllm serve BASE …` (or another command's `serve`) until the block ends."""
-    port = free_port()
-    log = folder / f"server-{port}.log"
-    line = [
-        *(command or [str(Path(sys.executable).with_name("vllm"))]),
-        "serve",
-        str(base),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *arguments,
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            line,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment or vllm_environment(folder),
-            start_new_session=True,
-        )
-        try:
-            _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield Server(f"http://127.0.0.1:{port}", log, process)
-        finally:
-            _stop(process)
-
-
-def _wait(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}:\n{log.read_text()[-6000:]}")
-        try:
-            if httpx.get(health, timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not start in {START_TIMEOUT_S} s:\n{log.read_text()[-6000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait(timeout=30)
+    log = folder / f"server-{len(list(folder.iterdir()))}.log"
+    environment = environment or vllm_environment(folder)
+    return Server(base, *arguments, program=command or VLLM, log_file=log, environment=environment)
 
 
 TINY_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--enable-lora")

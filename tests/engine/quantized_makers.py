@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smoa_serve.testing import random_base
+
 GROUP = 32
 # vLLM's 4-bit CPU kernel takes sizes that are multiples of 32.
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 192, 128
@@ -38,26 +40,9 @@ class Format:
 
 def make_float(folder: Path, dtype: torch.dtype, seed: int = 0) -> Path:
     """A random tiny Llama whose answers depend on every layer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return random_base(folder, seed=seed, dtype=dtype, tokenizer=False, **sizes, **heads)
 
 
 def quantize(source: Path, folder: Path, kind: str) -> tuple[Path, Path]:

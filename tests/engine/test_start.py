@@ -11,6 +11,7 @@ import pytest
 
 from smoa_serve.engine.host.compat import SUPPORTED, check_signatures, check_version
 from smoa_serve.errors import CompatibilityError
+from smoa_serve.testing import ServerStartError
 
 # A process that has the plugin in the API server but not in the workers it starts.
 API_SERVER_ONLY = """
@@ -90,7 +91,7 @@ def test_a_worker_without_the_plugin_stops_the_start(
     script.write_text(API_SERVER_ONLY)
     arguments = ("--dtype", "float32", "--enforce-eager", "--enable-lora")
     with (
-        pytest.raises(RuntimeError, match="a worker runs without the smoa-serve plugin"),
+        pytest.raises(ServerStartError, match="a worker runs without the smoa-serve plugin"),
         serving(vectors / "e2e/tiny-llama/base", *arguments, command=(sys.executable, str(script))),
     ):
         pytest.fail("the server started")

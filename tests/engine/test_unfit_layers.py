@@ -194,22 +194,12 @@ def test_every_spelling_of_a_wrapped_models_modules_is_the_same_adapter(
 @pytest.fixture(scope="module")
 def mla_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two dense layers of DeepSeek's attention, of the head size that vLLM's MLA takes."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+    from smoa_serve.testing import random_base
 
-    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-
-    folder = tmp_path_factory.mktemp("mla") / "base"
-    folder.mkdir()
-    write_tokenizer(folder)
-    pad, end = special_ids(folder / "tokenizer.json")
     ranks = {"kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
     experts = {"first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-    special = {"vocab_size": VOCAB_SIZE, "pad_token_id": pad, "eos_token_id": end, "bos_token_id": None}
-    torch.manual_seed(0)
-    DeepseekV2ForCausalLM(DeepseekV2Config(**sizes, **heads, **ranks, **experts, **special)).save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("mla") / "base"
+    return random_base(folder, "deepseek_v2", num_key_value_heads=2, **ranks, **experts)
 
 
 @pytest.fixture(scope="module")

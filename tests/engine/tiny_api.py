@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from smoa_serve.adapters import write_portable
-from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
+from smoa_serve.adapters import load_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.base.spectral import even_ranks
+from smoa_serve.testing import random_adapter
 
 # The tiny tokenizer's words are t0 … t127; these take the place of the last ones, so that it can write JSON.
 JSON_WORDS = ("{", "}", ":", ",", '"name"', '"age"', '"ann"', '"bob"', "1", "2")
@@ -162,54 +162,22 @@ def make_smoa(
     base_path: Path, out: Path, *, rank: int, num_blocks: int, targets: Sequence[str], seed: int, hira: bool = False
 ) -> MadeAdapter:
     """A random portable adapter with random block ids; its update is about as large as the weight."""
-    generator = torch.Generator().manual_seed(seed)
-    base = BaseCheckpoint.open(base_path)
+    kind, alpha = ("hira", rank) if hira else ("smoa", 2 * rank)
     ranks = even_ranks(rank, num_blocks)
-    widest, scaling = max(ranks), 2.0 if not hira else 1.0
-    modules = {}
-    for name in _targeted(base, targets):
-        h_out, h_in = base.shape(name)
-        row_block = (torch.randperm(h_out, generator=generator) % num_blocks).to(torch.int16)
-        col_block = (torch.randperm(h_in, generator=generator) % num_blocks).to(torch.int16)
-        a = torch.randn(widest, h_in, generator=generator)
-        b = torch.randn(h_out, widest, generator=generator) / (scaling * widest**0.5)
-        index, limit = torch.arange(widest), torch.tensor(ranks)
-        a[index[:, None] >= limit[col_block.long()][None, :]] = 0
-        b[index[None, :] >= limit[row_block.long()][:, None]] = 0
-        modules[name] = ModuleUpdate(a, b, row_block, col_block, ranks, scaling, base.fingerprint(name))
-    adapter = Adapter(
-        kind=AdapterKind.HIRA if hira else AdapterKind.SMOA,
-        modules=modules,
-        rank=rank,
-        num_blocks=num_blocks,
-        alpha=scaling * rank,
-        order=OrderStatus.NOT_NEEDED if hira else OrderStatus.RECORDED,
-    )
-    write_portable(adapter, out)
-    deltas = {name: update.dense(base.weight(name)) for name, update in modules.items()}
-    return MadeAdapter(adapter.kind.value, rank, num_blocks, out, deltas)
+    random_adapter(out, base_path, kind=kind, ranks=ranks, alpha=alpha, targets=targets, seed=seed)
+    base = BaseCheckpoint.open(base_path)
+    deltas = {name: update.dense(base.weight(name)) for name, update in load_adapter(out, base).modules.items()}
+    return MadeAdapter(kind, rank, num_blocks, out, deltas)
 
 
 def make_lora(base_path: Path, out: Path, *, rank: int, targets: Sequence[str], seed: int) -> MadeAdapter:
     """A random LoRA adapter as PEFT writes it; its update is about as large as the weight."""
-    generator = torch.Generator().manual_seed(seed)
-    base = BaseCheckpoint.open(base_path)
-    out.mkdir(parents=True)
-    tensors, deltas = {}, {}
-    for name in _targeted(base, targets):
-        h_out, h_in = base.shape(name)
-        a = torch.randn(rank, h_in, generator=generator)
-        b = torch.randn(h_out, rank, generator=generator) * base.weight(name).std() / (2 * rank**0.5)
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-        deltas[name] = 2.0 * b @ a
-    save_file(tensors, out / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "bias": "none"}
-    (out / "adapter_config.json").write_text(json.dumps(config))
+    random_adapter(out, base_path, kind="lora", ranks=(rank,), alpha=2 * rank, targets=targets, seed=seed)
+    tensors, deltas = load_file(out / "adapter_model.safetensors"), {}
+    for name in (name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name):
+        product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        deltas[name.removeprefix("base_model.model.")] = 2.0 * product
     return MadeAdapter("lora", rank, 1, out, deltas)
-
-
-def _targeted(base: BaseCheckpoint, targets: Sequence[str]) -> list[str]:
-    return [name for name in base.linear_modules if name.rpartition(".")[2] in targets]
 
 
 class Reference:

@@ -1,7 +1,6 @@
 """TRL's SFTTrainer trains SMoA like any other PEFT method."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,29 +10,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A tiny llama in float32 with the demo's tokenizer and chat template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from smoa_serve.testing import random_base
 
-    from smoa_serve.demo.tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
-
-    folder = tmp_path / "base"
-    folder.mkdir()
-    write_tokenizer(folder)
-    pad, end = special_ids(folder / "tokenizer.json")
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            **sizes,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=VOCAB_SIZE,
-            pad_token_id=pad,
-            eos_token_id=end,
-            bos_token_id=None,
-        )
-    ).save_pretrained(folder)
-    return folder
+    return random_base(tmp_path / "base", hidden_size=32, intermediate_size=48)
 
 
 def test_sft_trainer_trains_and_saves_what_the_server_reads(base: Path, tmp_path: Path) -> None:

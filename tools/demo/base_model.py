@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .artifacts import build_folder
-from .corpus import answers, books
+from .books import answers, books
 from .data import Batch, base_conversations, book_tokens, encode, passages
 from .tokenizer import VOCAB_SIZE, special_ids, write_tokenizer
 from .training import Report, Schedule, TrainingError, learn, read, worst_probability

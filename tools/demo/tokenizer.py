@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from smoa_serve.demo.corpus import answers, books
+from .books import answers, books
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 VOCAB_SIZE = 1024

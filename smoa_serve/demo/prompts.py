@@ -1,15 +1,9 @@
-"""What the demo's base model reads: two books, and a handful of questions with a plain, a pirate's and a French answer.
-
-A model of three million numbers learns some English from the books and the answers by heart: adapters become visible.
-"""
+"""What the demo asks, and the answers that its models know by heart: plain, and in the style of each adapter."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-
-BOOKS = Path(__file__).parent / "text"
 
 
 class Style(StrEnum):
@@ -134,15 +128,3 @@ _ANSWERS: dict[Style, Callable[[Entry], str]] = {
 def answer(entry: Entry, style: Style) -> str:
     """The entry's answer in a style."""
     return _ANSWERS[style](entry)
-
-
-def books() -> list[str]:
-    """The books, in the order of their names."""
-    return [file.read_text(encoding="utf-8") for file in sorted(BOOKS.glob("*.txt"))]
-
-
-def answers() -> list[str]:
-    """Every question and answer."""
-    texts = [entry.question for entry in ENTRIES]
-    texts += [answer(entry, style) for style in Style for entry in ENTRIES]
-    return [*texts, *Style]

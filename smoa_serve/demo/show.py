@@ -1,15 +1,19 @@
 """What the demo prints: the table of answers, the checks, and how to ask by hand."""
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import SmoaError
-from .adapters import RECIPES
-from .asking import Answer
-from .corpus import DEMO_PROMPTS, Style
+from .ask import Answer
+from .prompts import DEMO_PROMPTS, ENTRIES, Style
+from .recipes import RECIPES
 
 
 class WrongAnswerError(SmoaError):
@@ -63,7 +67,8 @@ def print_examples(console: Console, url: str, base_name: str) -> None:
     """How to ask the running server: curl and the openai package."""
     names = ", ".join([base_name, *(recipe.name for recipe in RECIPES)])
     question = DEMO_PROMPTS[0]
-    console.print(f"\nServing [bold]{names}[/] at {url}/v1 until Ctrl-C. Questions it knows: see demo/corpus.py.\n")
+    console.print(f"\nServing [bold]{names}[/] at {url}/v1 until Ctrl-C. Questions it knows:")
+    console.print("".join(f"  {entry.question}\n" for entry in ENTRIES), highlight=False)
     console.print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f'  -d \'{{"model": "pirate", "messages": [{{"role": "user", "content": "{question}"}}]}}\'\n\n'
@@ -71,8 +76,27 @@ def print_examples(console: Console, url: str, base_name: str) -> None:
         f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
         f'messages = [{{"role": "user", "content": "{question}"}}]\n'
         'print(client.chat.completions.create(model="json", messages=messages).choices[0].message.content)\n\n'
-        f"smoa-serve adapters list --url {url}\n",
+        f"{_command()[0]} adapters list --url {url}\n",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def how_to_call() -> str:
+    """Where this project's command is found: one line."""
+    command, activate = _command()
+    if activate is None:
+        return f"next: {command} --help"
+    return f"next: {command} --help; or once: source {activate}, then: smoa-serve --help"
+
+
+def _command() -> tuple[str, str | None]:
+    """What to type for `smoa-serve`, and the script that puts it on the PATH; None where it is on it."""
+    folder = Path(sys.executable).parent
+    found = shutil.which("smoa-serve")
+    if found is not None and Path(found).parent == folder:
+        return "smoa-serve", None
+    near = os.path.relpath(folder)
+    shown = str(folder) if near.startswith("..") else near
+    return f"{shown}/smoa-serve", f"{shown}/activate"

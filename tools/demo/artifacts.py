@@ -1,26 +1,11 @@
 """Folders that are made once: written aside, renamed when complete, stamped with the recipe they were made by."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-STAMP = "recipe.json"
-
-
-def recipe_digest(recipe: Mapping[str, object]) -> str:
-    """Identity of a recipe (anything JSON can hold)."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def is_current(folder: Path, recipe: Mapping[str, object]) -> bool:
-    """Whether `folder` is complete and was made by this very recipe."""
-    try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(stamp, dict) and stamp.get("digest") == recipe_digest(recipe)
+from smoa_serve.demo.shipped import STAMP, is_current, recipe_digest
 
 
 def build_folder(folder: Path, recipe: Mapping[str, object], build: Callable[[Path], None]) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .corpus import ENTRIES, Style, answer, books
+from smoa_serve.demo.prompts import ENTRIES, Style, answer
+
+from .books import books
 from .tokenizer import END, chat_text, special_ids
 
 IGNORED = -100  # torch's own mark for positions without a target

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import SmoaError
+from smoa_serve.errors import SmoaError
+
 from .data import IGNORED, Batch
 
 LogitsOf = Callable[[Batch], Tensor]

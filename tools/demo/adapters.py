@@ -2,17 +2,18 @@
 
 import hashlib
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters.model import AdapterKind
-from ..base.checkpoint import BaseCheckpoint
+from smoa_serve.adapters.model import AdapterKind
+from smoa_serve.base.checkpoint import BaseCheckpoint
+from smoa_serve.demo.recipes import Recipe
+
 from .artifacts import build_folder
 from .base_model import load_base, logits
-from .corpus import Style
 from .data import adapter_conversations, encode
 from .training import Report, Schedule, learn
 
@@ -21,49 +22,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PLAIN_RATE, MODULATED_RATE = 5e-3, 2e-2
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One adapter: its style is also its name.
-
-    Attributes:
-        style: what it answers in.
-        kind: what it is.
-        rank: total rank r.
-        num_blocks: K; 1 for HiRA and LoRA.
-        alpha: lora_alpha.
-    """
-
-    style: Style
-    kind: AdapterKind
-    rank: int
-    num_blocks: int
-    alpha: float
-
-    @property
-    def name(self) -> str:
-        """What requests put into `model`."""
-        return self.style.value
-
-    @property
-    def label(self) -> str:
-        """For people: "SMoA r=16 K=4"."""
-        display = {AdapterKind.SMOA: f"SMoA r={self.rank} K={self.num_blocks}", AdapterKind.HIRA: f"HiRA r={self.rank}"}
-        return display.get(self.kind, f"LoRA r={self.rank}")
-
-    @property
-    def schedule(self) -> Schedule:
-        """A modulated weight needs larger factors than an added one: entries of W are small."""
-        rate = PLAIN_RATE if self.kind is AdapterKind.LORA else MODULATED_RATE
-        return Schedule(max_steps=240, learning_rate=rate)
-
-
-RECIPES = (
-    Recipe(Style.SHOUT, AdapterKind.SMOA, rank=16, num_blocks=4, alpha=16),
-    Recipe(Style.PIRATE, AdapterKind.SMOA, rank=16, num_blocks=2, alpha=16),
-    Recipe(Style.FRENCH, AdapterKind.SMOA, rank=32, num_blocks=3, alpha=32),
-    Recipe(Style.JSON, AdapterKind.HIRA, rank=8, num_blocks=1, alpha=8),
-    Recipe(Style.TELEGRAM, AdapterKind.LORA, rank=8, num_blocks=1, alpha=16),
-)
+def schedule(recipe: Recipe) -> Schedule:
+    """A modulated weight needs larger factors than an added one: entries of W are small."""
+    rate = PLAIN_RATE if recipe.kind is AdapterKind.LORA else MODULATED_RATE
+    return Schedule(max_steps=240, learning_rate=rate)
 
 
 def build_adapter(recipe: Recipe, base_dir: Path, folder: Path, report: Report) -> bool:
@@ -74,7 +36,7 @@ def build_adapter(recipe: Recipe, base_dir: Path, folder: Path, report: Report) 
 def adapter_recipe(recipe: Recipe, base_dir: Path) -> dict[str, object]:
     """Everything an adapter depends on; the very numbers of the base among it, since two trainings give two bases."""
     base_digest = hashlib.sha256((base_dir / "model.safetensors").read_bytes()).hexdigest()
-    return asdict(recipe) | {"schedule": asdict(recipe.schedule), "base": base_digest, "version": 3}
+    return asdict(recipe) | {"schedule": asdict(schedule(recipe)), "base": base_digest, "version": 3}
 
 
 def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
@@ -88,7 +50,7 @@ def _train(recipe: Recipe, base_dir: Path, out: Path, report: Report) -> None:
         model.base_model.record_base(BaseCheckpoint.open(base_dir))  # which stores bfloat16
     batch = encode(base_dir / "tokenizer.json", adapter_conversations(recipe.style))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    learn(f"adapter {recipe.name}", lambda part: logits(model, part), parameters, batch, recipe.schedule, report)
+    learn(f"adapter {recipe.name}", lambda part: logits(model, part), parameters, batch, schedule(recipe), report)
     model.save_pretrained(out, save_embedding_layers=False)  # "auto" looks for the base on the hub
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
@@ -97,7 +59,7 @@ def _config(recipe: Recipe) -> Any:
     """What PEFT is told, as anybody would tell it."""
     shared: dict[str, Any] = {"r": recipe.rank, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
     if recipe.kind is AdapterKind.SMOA:
-        from ..peft import SMoAConfig
+        from smoa_serve.peft import SMoAConfig
 
         return SMoAConfig(**shared, num_blocks=recipe.num_blocks, lora_alpha=recipe.alpha, lora_dropout=0.0)
     from peft import HiraConfig, LoraConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SmoaError
-from .corpus import ENTRIES, Style, answer
+from .prompts import ENTRIES, Style, answer
 
 MAX_TOKENS = 96
 
