@@ -10,22 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.bars import Bar
 from benchmarks.harness.markdown import bar_table, setup_line, table
-from benchmarks.harness.models import Shape, random_adapter, random_base
+from benchmarks.harness.models import testing
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import Server, running
 from smoa_serve.errors import SmoaError
 
-TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
 KINDS = ("smoa", "smoa", "hira", "lora")
 CONTENTS = 24
 WORKERS, NAMES = 4, 3  # names of each worker
@@ -54,18 +51,7 @@ def is_close(one: Answer, other: Answer) -> bool:
 
 class Churn:
     """Operations and requests against one server, whose names each belong to one task, so that it is always known what
-    a name means.
-
-    Args:
-        client: with the server's address and headers.
-        contents: adapter folders that the server may load.
-        movable: of each, whether it can be resident or merged.
-        prefix: of the names.
-
-    Attributes:
-        operations, requests: so far; wrong: what did not answer as it should.
-        done: kind of operation -> how many.
-    """
+    a name means. `movable` says of each content whether it can be resident or merged."""
 
     def __init__(
         self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], prefix: str = "churn"
@@ -98,62 +84,54 @@ class Churn:
 
         async def work(worker: int) -> None:
             nonlocal watched
-            state = _Names([f"{self._prefix}-{worker}-{index}" for index in range(NAMES)])
+            names = [f"{self._prefix}-{worker}-{index}" for index in range(NAMES)]
+            loaded: dict[str, int] = {}  # what a name means
+            merged: str | None = None
             while self.operations < end and time.monotonic() < deadline and not self.wrong:
-                await self._operate(worker, state)
+                name = merged or self._random.choice(names)
+                merged = await self._operate(name, loaded, may_merge=worker == 0, is_merged=name == merged)
                 self.operations += 1
-                for name in self._random.sample(sorted(state.loaded), k=min(2, len(state.loaded))):
-                    content, index = state.loaded[name], self._random.randrange(len(PROMPTS))
-                    found = await self._ask(name, PROMPTS[index])
-                    if not is_close(found, self._answers[content][index]):
-                        self.wrong.append(f"{name}: {found} instead of {self._answers[content][index]}")
+                for name in self._random.sample(sorted(loaded), k=min(2, len(loaded))):
+                    index = self._random.randrange(len(PROMPTS))
+                    found, expected = await self._ask(name, PROMPTS[index]), self._answers[loaded[name]][index]
+                    if not is_close(found, expected):
+                        self.wrong.append(f"{name}: {found} instead of {expected}")
                 if look is not None and self.operations >= watched:
                     watched += every
                     look(self.operations)
-            for name in list(state.loaded):
+            for name in loaded:
                 await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
         async with asyncio.TaskGroup() as group:
             for worker in range(WORKERS):
                 group.create_task(work(worker))
 
-    async def _operate(self, worker: int, state: "_Names") -> None:
-        name = state.merged or self._random.choice(state.names)
-        content = state.loaded.get(name)
-        if content is None:
+    async def _operate(self, name: str, loaded: dict[str, int], *, may_merge: bool, is_merged: bool) -> str | None:
+        """Do something to a name; returns it where it is merged then."""
+        if name not in loaded:
             what = "load"
-        elif state.merged:
+        elif is_merged:
             what = self._random.choice(("unmerge", "unmerge", "replace", "unload"))
         else:
-            moves = ("resident", "slot", *(("merge",) if worker == 0 else ())) if self._movable[content] else ()
+            moves = ("resident", "slot", *(("merge",) if may_merge else ())) if self._movable[loaded[name]] else ()
             what = self._random.choice(("replace", "replace", "unload", "unload", *moves))
         self.done[what] += 1
-        match what:
-            case "load" | "replace":
-                new = self._random.randrange(len(self._contents))
-                await self._load(name, new, in_place=what == "replace")
-                state.loaded[name], state.merged = new, None
-            case "unload":
-                await self._post("/v1/unload_lora_adapter", {"lora_name": name})
-                del state.loaded[name]
-                state.merged = None
-            case "merge":
-                policy = self._random.choice(("compensate", "exclusive"))
-                if await self._move(name, "merge", {"policy": policy}):
-                    state.merged = name
-            case _:
-                await self._move(name, what, {})
-                state.merged = None
-
-    async def _move(self, name: str, target: str, options: Mapping[str, Any]) -> bool:
-        """Whether it was moved: one that is evicted meanwhile is refused, and stays what it was."""
-        response = await self._client.post(f"/v1/smoa/adapters/{name}/{target}", json=options)
-        if response.status_code == httpx.codes.CONFLICT:
-            self.done[f"{target} refused"] += 1
-            return False
-        if not response.is_success:
-            raise ChurnError(f"{target} {name}: {response.status_code}: {response.text[:500]}")
-        return True
+        if what == "unload":
+            await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            del loaded[name]
+        elif what in ("load", "replace"):
+            loaded[name] = self._random.randrange(len(self._contents))
+            await self._load(name, loaded[name], in_place=what == "replace")
+        else:
+            options = {"policy": self._random.choice(("compensate", "exclusive"))} if what == "merge" else {}
+            response = await self._client.post(f"/v1/smoa/adapters/{name}/{what}", json=options)
+            if response.status_code == httpx.codes.CONFLICT:  # evicted meanwhile: it stays what it was
+                self.done[f"{what} refused"] += 1
+                return None
+            if not response.is_success:
+                raise ChurnError(f"{what} {name}: {response.status_code}: {response.text[:500]}")
+            return name if what == "merge" else None
+        return None
 
     async def _load(self, name: str, content: int, *, in_place: bool) -> None:
         body = {"lora_name": name, "lora_path": str(self._contents[content]), "load_inplace": in_place}
@@ -173,15 +151,6 @@ class Churn:
         best = [sorted(top.values(), reverse=True) for top in found["top_logprobs"]]
         margins = [top[0] - top[1] for top in best]
         return list(zip(found["tokens"], found["token_logprobs"], margins, strict=True))
-
-
-@dataclass
-class _Names:
-    """What one task's names mean: name -> content; which of them is merged."""
-
-    names: list[str]
-    loaded: dict[str, int] = field(default_factory=dict)
-    merged: str | None = None
 
 
 def anon_kib(session: int) -> dict[str, int]:
@@ -217,7 +186,7 @@ def make_contents(base: Path, folder: Path, count: int = CONTENTS) -> tuple[list
     kinds = [KINDS[index % len(KINDS)] for index in range(count)]
     paths = [folder / f"{kind}-{index}" for index, kind in enumerate(kinds)]
     for index, (kind, path) in enumerate(zip(kinds, paths, strict=True)):
-        random_adapter(path, base, kind=kind, ranks=(4,) * (2 + index % 3 if kind == "smoa" else 1), seed=index)
+        testing.random_adapter(path, base, kind=kind, ranks=(4,) * (2 + index % 3 if kind == "smoa" else 1), seed=index)
     return paths, [kind != "lora" for kind in kinds]
 
 
@@ -229,7 +198,6 @@ def growth(samples: Sequence[Row], warm_up: int) -> float:
 
 
 def cases(options: Options) -> tuple[int, int]:
-    """(operations, how often to look)."""
     return (1500, 50) if options.quick else (10_500, 100)
 
 
@@ -241,7 +209,7 @@ def measure(case: tuple[int, int], options: Options) -> list[Row]:
     """
     folder = Path(tempfile.mkdtemp(prefix="smoa-churn-"))
     try:
-        base = _loud_base(folder / "churn" / "base")
+        base = testing.random_base(folder / "churn" / "base")
         samples, churn = _serve(base, folder, *make_contents(base, folder / "adapters"), *case)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -253,7 +221,6 @@ def measure(case: tuple[int, int], options: Options) -> list[Row]:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Memory does not grow, and neither do the names that the metrics keep."""
     (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
     sizes = [row["total_kib"] / 1024 for row in samples if row["operations"] > WARM_UP]
     name = "memory of all processes after against before, share"
@@ -265,7 +232,6 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """What was done, what it left behind, and the bars."""
     (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
     done = ", ".join(f"{name} {count:,}" for name, count in whole["done"].items())
     words = (
@@ -274,15 +240,6 @@ def section(rows: Sequence[Row]) -> str:
     memory = {"operations": "{operations:,}", "memory, MiB": lambda row: f"{row['total_kib'] / 1024:.1f}"}
     some = [*samples[:: max(1, len(samples) // 10)], samples[-1]]
     return "\n\n".join([setup_line(rows[0]), words, table(memory, some), bar_table(rows)])
-
-
-def _loud_base(out: Path) -> Path:
-    """A random base whose logits are far enough apart for answers to be told apart."""
-    shutil.copytree(random_base(TINY), out)
-    tensors = load_file(out / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 20
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def _serve(

@@ -60,12 +60,7 @@ class Place(StrEnum):
 
 
 class Hot:
-    """The hot adapter of one server. The automatic policy leaves all adapters where they are, until it is let in.
-
-    Attributes:
-        url: of the server; name: of the adapter.
-        place: where it is.
-    """
+    """The hot adapter of one server. The automatic policy leaves all adapters where they are, until it is let in."""
 
     def __init__(self, url: str, name: str) -> None:
         self._client, self.url, self.name = ServerClient(url), url, name
@@ -115,11 +110,8 @@ class Hot:
 
 
 def scores(url: str, model: str) -> Scores:
-    """Logprobs of fixed random prompts: no sampling, so that rounding cannot lead two runs apart.
-
-    Raises:
-        ServerError: the server, which must not cache prefixes, refused.
-    """
+    """Logprobs of fixed random prompts, by a server that caches no prefixes: without sampling rounding cannot lead two
+    runs apart."""
     rng = Random(7)
     found: Scores = []
     for _ in range(PROMPTS):
@@ -143,12 +135,8 @@ def difference(one: Scores, other: Scores) -> dict[str, float]:
 
 
 def stalls(hot: Hot, models: Sequence[str], tokens: int, cycles: int) -> Row:
-    """Merge and un-merge the hot adapter while a stream per model runs; loads are repeated until there are enough moves.
-
-    Returns:
-        Median and longest milliseconds between two tokens of a stream when nothing moves, the longest of any stream
-        during each move, and the seconds that each merge took.
-    """
+    """Merge and un-merge the hot adapter while a stream per model runs, until there are enough moves: times between two
+    tokens of a stream when nothing moves, the longest of any stream during each move, and what each merge took."""
     gaps: list[Window] = []
     windows: dict[Place, list[Window]] = {Place.COMPENSATE: [], Place.SLOT: []}
     while len(windows[Place.SLOT]) < cycles:
@@ -211,16 +199,8 @@ def _check(response: httpx.Response, model: str) -> None:
 
 
 def settle(hot: Hot, once: Callable[[int], object], limit_s: float) -> Row:
-    """Traffic until the policy, which the server is left to, has stopped moving adapters.
-
-    Args:
-        hot: the hot adapter.
-        once: sends one repeat of a seed.
-        limit_s: the longest this may take.
-
-    Returns:
-        What the policy did meanwhile, and where the adapter was in the end.
-    """
+    """What the policy, which the server is left to, did until it moved nothing any more; `once` sends one repeat of a
+    seed meanwhile."""
     known = {str(decision) for decision in hot.policy()["decisions"]}
     moves: list[str] = []
     begin = last = time.monotonic()

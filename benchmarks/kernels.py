@@ -1,8 +1,9 @@
 """How long does a delta take on one layer, beside the base GEMM, the floor and other ways to compute it?"""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,14 @@ BUDGETS = {False: Budget(0.12, 4, 25, patience_s=1.0), True: Budget(0.1, 4, 15, 
 DENSE_BUDGET = Budget(seconds_each=1.0, least=3, most=10, patience_s=2.0)
 DENSE_TOKENS, DENSE_ADAPTERS = 8, (1, 8)  # where the dense way is measured; it costs the same per adapter elsewhere
 Figure = tuple[float, tuple[float, float]]  # the figure, and its lowest and highest value within a round
-LARGE = 4096 * 4096  # |W| from which the bars of a GPU hold
-# Most that base and delta together may take, as a multiple of the base, in a prefill of one adapter: K → bar.
-PREFILL = {2: 1.6, 4: 1.3, 8: 1.18}
+# Name, figure of a point (None where it is none of the bar's), at least, at most.
+Rule = tuple[str, Callable[[Row], Figure | None], float | None, float | None]
 WHAT = {"layer": "{layer}", "(r, K)": "({rank}, {blocks})"}
 # (tokens, adapters) of the summary.
 BATCHES = ((1, 1), (8, 8), (64, 1), (64, 8), (64, 64), (256, 8), (256, 64), (256, 256), (4096, 1), (4096, 64))
 
 
 def cases(options: Options) -> list[tuple[int, list[Case]]]:
-    """(slots, points) of each layer and (r, K)."""
     grid = GRIDS[options.device, options.quick]
     return [
         (grid.slots, list(grid.cases(shape, rank, blocks)))
@@ -44,7 +43,6 @@ def cases(options: Options) -> list[tuple[int, list[Case]]]:
 
 
 def measure(chosen: Sequence[tuple[int, Sequence[Case]]], options: Options) -> list[Row]:
-    """A row per point."""
     device, ceilings = torch.device(options.device), measure_ceilings(torch.device(options.device))
     own = [name for name in ops.available_implementations(device, DTYPE) if name != "reference"]
     print(f"{ceilings}; implementations {', '.join(own)}")
@@ -63,7 +61,7 @@ def measure(chosen: Sequence[tuple[int, Sequence[Case]]], options: Options) -> l
         copies = build_layers(*sizes, slots=slots, implementations=own, device=device)
         for case in points:
             rows.append(shared | _measure_point(Step(case, copies), own, ceilings, BUDGETS[options.quick]))
-            print(_words(rows[-1]))
+            print(case.row(), {name: f"{times['median']:,.0f} us" for name, times in rows[-1]["times_us"].items()})
     return rows
 
 
@@ -108,53 +106,21 @@ def point_row(case: Case, times: Row, own: Sequence[str], ceilings: Ceilings) ->
     }
 
 
-def _words(row: Row) -> str:
-    times = ", ".join(f"{name} {one['median']:,.0f}" for name, one in row["times_us"].items())
-    waited = f"; {row['waiting']:.0%} of the time a thread waited for a core" if row["waiting"] > MOST_WAITING else ""
-    what = f"{row['layer']} ({row['rank']}, {row['blocks']}) T={row['tokens']} {row['workload']} {row['adapters']}"
-    return f"{what}: us: {times}{waited}"
-
-
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """The bars that these points can decide: of a CPU layer by layer, of a GPU over all that are large enough."""
-    if any(row["device"] == "cuda" for row in rows):
-        return gpu_bars(rows)
+    if rows[0]["device"] == "cuda":
+        return list(_decide(rows, GPU_BARS))
     layers = dict.fromkeys(row["layer"] for row in rows)
-    return [bar for layer in layers for bar in cpu_bars([row for row in rows if row["layer"] == layer])]
+    return [bar for layer in layers for bar in _decide([row for row in rows if row["layer"] == layer], CPU_BARS)]
 
 
-def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Of one layer."""
-    wide = [row for row in rows if _is(row, 8, 8) and DENSE in row["times_us"]]
-    thin = [row for row in rows if _all_different(row, 64) and (row["rank"], row["blocks"]) == (16, 8)]
-    with_plain = [row for row in rows if {EXPAND, MODULATE} & set(row["times_us"])]
-    faster = [(row, _ratio(row, _better_plain(row), _own(row))) for row in with_plain]
-    dense = [(row, _ratio(row, DENSE, f"{_own(row)} beside {DENSE}")) for row in wide]
-    return [
-        *_worst("the better of plain bmm expand and modulate / delta", faster, 1.0),
-        *_worst("dense dW per forward / delta", dense, 20.0),
-        *_worst("delta / base GEMM", [(row, _ratio(row, _own(row), BASE)) for row in thin], at_most=0.6),
-    ]
-
-
-def gpu_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Of an H200."""
-    large = [row for row in rows if row["h_in"] * sum(row["slices"]) >= LARGE]
-    found = []
-    for name in FORCED_WAYS:
-        way = name.removeprefix("triton ")
-        shares = [(row, _share(row, name)) for row in large if row["tokens"] >= 32 and _belongs(row, name, way)]
-        found += _worst(f"floor / {way}", shares, 0.70)
-    decode = [row for row in large if _all_different(row, 64)]
-    few = [row for row in decode if row["tokens"] <= 16 and (row["rank"], row["blocks"]) == (32, 2)]
-    found += _totals("single pass / base at (32, 2)", few, 1.25)
-    many = [row for row in decode if (row["rank"], row["blocks"]) in ((16, 4), (32, 8))]
-    found += _totals("base and delta / base at (16, 4) and (32, 8)", many, 1.15)
-    for blocks, most in PREFILL.items():
-        prefill = [row for row in large if _is(row, LONG_TOKENS, 1) and row["blocks"] == blocks]
-        found += _totals(f"base and delta / base, prefill of one adapter, K={blocks}", prefill, most)
-    bare = [row for row in rows if row["workload"] == EQUAL and row["adapters"] == 0]
-    return found + _totals("base and delta / base without adapters", bare, 1.01)
+def _decide(rows: Sequence[Row], rules: Sequence[Rule]) -> Iterator[Bar]:
+    for name, figure, at_least, at_most in rules:
+        found = [(row, figured) for row in rows if (figured := figure(row))]
+        if found:
+            row, (value, spread) = (max if at_least is None else min)(found, key=lambda pair: pair[1][0])
+            where = f"(r, K) = ({row['rank']}, {row['blocks']}), T={row['tokens']}, {row['workload']} {row['adapters']}"
+            full_name = f"{name}, worst of {len(found)}: {row['layer']}, {where}"
+            yield Bar(full_name, value, at_least, spread, at_most)
 
 
 def _own(row: Row) -> str:
@@ -165,73 +131,103 @@ def _ratio(row: Row, name: str, other: str) -> Figure:
     return timing.over(row["times_us"][name], row["times_us"][other])
 
 
-def _better_plain(row: Row) -> str:
-    found = (name for name in (EXPAND, MODULATE) if name in row["times_us"])
-    return min(found, key=lambda name: float(row["times_us"][name]["median"]))
+def _better_plain(row: Row) -> Figure | None:
+    found = sorted((_median(row, name), name) for name in (EXPAND, MODULATE) if name in row["times_us"])
+    return _ratio(row, found[0][1], _own(row)) if found else None
 
 
-def _share(row: Row, name: str) -> Figure:
-    """Of the floor that a candidate reaches."""
-    share, times = row["floor_over_time"][name], row["times_us"][name]
-    values = [share * times["median"] / us for us in times["by_round"].values()]
-    return share, (min(values), max(values))
+def _dense(row: Row) -> Figure | None:
+    if DENSE not in row["times_us"] or row["adapters"] != 8:
+        return None
+    return _ratio(row, DENSE, f"{_own(row)} beside {DENSE}")  # from rounds of its own
 
 
-def _totals(name: str, rows: Sequence[Row], at_most: float) -> list[Bar]:
+def _thin(row: Row) -> Figure | None:
+    belongs = _all_different(row, 64) and (row["rank"], row["blocks"]) == (16, 8)
+    return _ratio(row, _own(row), BASE) if belongs else None
+
+
+def _floor(way: str) -> Callable[[Row], Figure | None]:
+    """Share of the floor that a forced way reaches where it is the one of fewer FLOPs."""
+
+    def figure(row: Row) -> Figure | None:
+        name, flops = f"triton {way}", {kind: work["flops"] for kind, work in row["work"].items()}
+        if not (name in row["times_us"] and row["workload"] == EQUAL and _large(row) and row["tokens"] >= 32):
+            return None
+        if flops[way] > min(flops["expand"], flops["modulate"]):
+            return None
+        share, times = row["floor_over_time"][name], row["times_us"][name]
+        values = [share * times["median"] / us for us in times["by_round"].values()]
+        return share, (min(values), max(values))
+
+    return figure
+
+
+def _total(belongs: Callable[[Row], bool]) -> Callable[[Row], Figure | None]:
     """Base and delta over the base: in a single pass where one was measured."""
-    found = []
-    for row in rows:
+
+    def figure(row: Row) -> Figure | None:
+        if row["workload"] != EQUAL or not belongs(row):
+            return None
         if SINGLE_PASS in row["times_us"]:
-            found.append((row, _ratio(row, SINGLE_PASS, BASE)))
-        else:
-            ratio, (low, high) = _ratio(row, _own(row), BASE)
-            found.append((row, (1 + ratio, (1 + low, 1 + high))))
-    return _worst(name, found, at_most=at_most)
+            return _ratio(row, SINGLE_PASS, BASE)
+        ratio, (low, high) = _ratio(row, _own(row), BASE)
+        return 1 + ratio, (1 + low, 1 + high)
 
-
-def _worst(
-    name: str, found: Sequence[tuple[Row, Figure]], at_least: float | None = None, at_most: float | None = None
-) -> list[Bar]:
-    """One bar for all these points: the one farthest on the wrong side; none without points."""
-    if not found:
-        return []
-    choose = max if at_least is None else min
-    row, (figure, spread) = choose(found, key=lambda pair: pair[1][0])
-    where = f"(r, K) = ({row['rank']}, {row['blocks']}), T={row['tokens']}, {row['workload']} {row['adapters']}"
-    return [Bar(f"{name}, worst of {len(found)}: {row['layer']}, {where}", figure, at_least, spread, at_most)]
-
-
-def _is(row: Row, tokens: int, adapters: int) -> bool:
-    return bool((row["workload"], row["tokens"], row["adapters"]) == (EQUAL, tokens, adapters))
+    return figure
 
 
 def _all_different(row: Row, most_tokens: int) -> bool:
     return bool(row["workload"] == EQUAL and row["adapters"] == row["tokens"] <= most_tokens)
 
 
-def _belongs(row: Row, name: str, way: str) -> bool:
-    """Whether this is a point for that way: it needs the fewer FLOPs."""
-    if row["workload"] != EQUAL or name not in row["times_us"]:
-        return False
-    work = row["work"]
-    return bool(work[way]["flops"] <= min(work["expand"]["flops"], work["modulate"]["flops"]))
+def _decode(most_tokens: int, *configurations: tuple[int, int]) -> Callable[[Row], bool]:
+    def belongs(row: Row) -> bool:
+        return _all_different(row, most_tokens) and _large(row) and (row["rank"], row["blocks"]) in configurations
+
+    return belongs
+
+
+def _large(row: Row) -> bool:
+    return bool(row["h_in"] * sum(row["slices"]) >= 4096 * 4096)
+
+
+def _prefill(blocks: int) -> Callable[[Row], bool]:
+    return lambda row: _large(row) and (row["tokens"], row["adapters"], row["blocks"]) == (LONG_TOKENS, 1, blocks)
+
+
+CPU_BARS: list[Rule] = [
+    ("the better of plain bmm expand and modulate / delta", _better_plain, 1.0, None),
+    ("dense dW per forward / delta", _dense, 20.0, None),
+    ("delta / base GEMM", _thin, None, 0.6),
+]
+GPU_BARS: list[Rule] = [
+    ("floor / expand", _floor("expand"), 0.70, None),
+    ("floor / modulate", _floor("modulate"), 0.70, None),
+    ("single pass / base at (32, 2)", _total(_decode(16, (32, 2))), None, 1.25),
+    ("base and delta / base at (16, 4) and (32, 8)", _total(_decode(64, (16, 4), (32, 8))), None, 1.15),
+    *((f"base and delta / base, prefill of one adapter, K={blocks}", _total(_prefill(blocks)), None, most)
+      for blocks, most in ((2, 1.6), (4, 1.3), (8, 1.18))),
+    ("base and delta / base without adapters", _total(lambda row: row["adapters"] == 0), None, 1.01),
+]  # fmt: skip
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Setup, the ratios to the base, every point, the dense way, the workloads and the bars."""
     points = of_kind(rows, "kernels")
     equal = [row for row in points if row["workload"] == EQUAL]
     parts = [setup_line(points[-1]), _ceilings_line(points)]
-    parts.append("The delta's time over the base GEMM's, layers H_in x H_out:\n\n" + _summary_table(equal, _own))
+    batches = {(t, n): f"{t:,} of {n if n > 1 else 'one'}" for t, n in BATCHES}
+    summary = partial(_pivot, equal, WHAT, batches, lambda row: (row["tokens"], row["adapters"]))
+    parts.append("The delta's time over the base GEMM's, layers H_in x H_out:\n\n" + summary(_own))
     if any(SINGLE_PASS in row["over_base"] for row in equal):
         words = (
             "Base product and delta in one pass over the weight, over the base GEMM's time (1.00: the delta is free):"
         )
-        parts.append(f"{words}\n\n{_summary_table(equal, lambda row: SINGLE_PASS)}")
+        parts.append(f"{words}\n\n{summary(lambda row: SINGLE_PASS)}")
     for layer in dict.fromkeys(row["layer"] for row in equal):
         here = [row for row in equal if row["layer"] == layer]
-        summary = f"<summary>{layer}: all {len(here)} points, microseconds</summary>"
-        parts.append(f"<details>{summary}\n\n{_layer_table(here)}\n\n</details>")
+        title = f"<summary>{layer}: all {len(here)} points, microseconds</summary>"
+        parts.append(f"<details>{title}\n\n{_layer_table(here)}\n\n</details>")
     dense: Columns = {
         **WHAT,
         "T, adapters": "{tokens}, {adapters}",
@@ -243,47 +239,37 @@ def section(rows: Sequence[Row]) -> str:
     others = [row for row in points if row["workload"] != EQUAL]
     if others:
         words = f"Other workloads on {others[0]['layer']}, {others[0]['adapters']} slots, over the base GEMM's time:"
-        parts.append(f"{words}\n\n{_workload_table(others)}")
+        heads = {tokens: f"T={tokens}" for tokens in sorted({row["tokens"] for row in others})}
+        kinds = {"(r, K)": WHAT["(r, K)"], "workload": "{workload}"}
+        parts.append(f"{words}\n\n{_pivot(others, kinds, heads, lambda row: row['tokens'], _own)}")
     return "\n\n".join([*parts, bar_table(rows)])
 
 
 def _ceilings_line(rows: Sequence[Row]) -> str:
-    bandwidth = sorted(row["ceilings"]["bytes_per_s"] / 1e9 for row in rows)
-    rate = sorted(row["ceilings"]["flops_per_s"] / 1e12 for row in rows)
+    speeds = []
+    for key, unit, words in (("bytes_per_s", 1e9, "{:.0f} GB/s"), ("flops_per_s", 1e12, "{:.2f} TFLOP/s")):
+        values = [row["ceilings"][key] / unit for row in rows]
+        speeds.append(" to ".join(dict.fromkeys(words.format(value) for value in (min(values), max(values)))))
     threads = f", {rows[0]['threads']} threads" if rows[0]["device"] == "cpu" else ""
-    speeds = f"{_range(bandwidth, 0)} GB/s, {_range(rate, 2)} TFLOP/s"
-    disturbed = sum(row["waiting"] > MOST_WAITING for row in rows)
+    disturbed = sum(map(_disturbed, rows))
     noted = (
         f" The machine had other work: at {disturbed} of {len(rows)} points (†) a thread waited for a core "
         f"during more than {MOST_WAITING:.0%} of the time."
     )
-    return f"Ceilings measured at the start of each run{threads}: {speeds}." + (noted if disturbed else "")
+    return f"Ceilings measured at the start of each run{threads}: {', '.join(speeds)}." + (noted if disturbed else "")
 
 
-def _summary_table(rows: Iterable[Row], candidate: Callable[[Row], str]) -> str:
-    """Ratio to the base GEMM: a line per layer and (r, K), a column per batch."""
-    lines: dict[tuple[str, str], Row] = {}
+def _pivot(rows: Iterable[Row], what: Columns, columns: Mapping[Any, str], place: Any, name: Any) -> str:
+    """Ratios to the base GEMM: a line per `what`, a column per place of a row; of the candidate that `name` gives."""
+    lines: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        where = {head: cell.format_map(row) for head, cell in WHAT.items()}
-        ratio = row["over_base"].get(candidate(row))
-        line = lines.setdefault(tuple(where.values()), {**where, **dict.fromkeys(BATCHES, "-")})
-        line[row["tokens"], row["adapters"]] = "-" if ratio is None else f"{ratio:.2f}"
-    heads = {batch: f"{batch[0]:,} of {batch[1] if batch[1] > 1 else 'one'}" for batch in BATCHES}
-    columns = {head: f"{{{head}}}" for head in WHAT}
+        first = {head: str(cell).format_map(row) for head, cell in what.items()}
+        line = lines.setdefault(tuple(first.values()), first | dict.fromkeys(columns.values(), "-"))
+        if place(row) in columns and name(row) in row["over_base"]:
+            line[columns[place(row)]] = f"{row['over_base'][name(row)]:.2f}"
     return table(
-        columns | {head: lambda row, batch=batch: row[batch] for batch, head in heads.items()}, list(lines.values())
+        {head: lambda line, head=head: line[head] for head in (*what, *columns.values())}, list(lines.values())
     )
-
-
-def _workload_table(rows: Sequence[Row]) -> str:
-    """A line per (r, K) and workload, a column per number of tokens."""
-    lines: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        line = lines.setdefault((row["rank"], row["blocks"], row["workload"]), dict(row))
-        line[f"T={row['tokens']}"] = row["over_base"][_own(row)]
-    columns: dict[str, Any] = {"(r, K)": WHAT["(r, K)"], "workload": "{workload}"}
-    columns |= {f"T={tokens}": f"{{T={tokens}:.2f}}" for tokens in sorted({row["tokens"] for row in rows})}
-    return table(columns, list(lines.values()))
 
 
 def _layer_table(rows: Sequence[Row]) -> str:
@@ -295,7 +281,9 @@ def _layer_table(rows: Sequence[Row]) -> str:
 
     columns = {
         "(r, K)": WHAT["(r, K)"],
-        "T, adapters": lambda row: f"{row['tokens']:,}, {row['adapters'] or 'none'}" + _dagger(row),
+        "T, adapters": lambda row: (
+            f"{row['tokens']:,}, {row['adapters'] or 'none'}" + " †" * (row["waiting"] > MOST_WAITING)
+        ),
         **us(BASE),
         **{name: column for name in rows[0]["implementations"] for name, column in us(name).items()},
         "spread": lambda row: " to ".join(_us_words(row["times_us"][own][end]) for end in ("lowest", "highest")),
@@ -311,8 +299,8 @@ def _layer_table(rows: Sequence[Row]) -> str:
     return table(columns, rows)
 
 
-def _dagger(row: Row) -> str:
-    return " †" if row["waiting"] > MOST_WAITING else ""
+def _disturbed(row: Row) -> bool:
+    return bool(row["waiting"] > MOST_WAITING)
 
 
 def _median(row: Row, name: str) -> float:
@@ -325,8 +313,3 @@ def _us(row: Row, name: str) -> str:
 
 def _us_words(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _range(values: Sequence[float], digits: int) -> str:
-    low, high = f"{values[0]:.{digits}f}", f"{values[-1]:.{digits}f}"
-    return low if low == high else f"{low} to {high}"

@@ -6,7 +6,6 @@ The tasks are a linear layer with a known target update, and a character model t
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,13 @@ Reach = dict[str, float]
 
 @dataclass(frozen=True)
 class Fit:
-    """How one adapter is trained.
+    """How one adapter is trained."""
 
-    Attributes:
-        method: one of METHODS.
-        rank: of LoRA; the others get the rank with as many parameters.
-        learning_rate: of Adam, falling to zero in a straight line.
-        steps: optimizer steps.
-        seed: of factors, order and data.
-    """
-
-    method: str
-    rank: int
-    learning_rate: float = 0.0
+    method: str  # one of METHODS
+    rank: int  # of LoRA; the others get the rank with as many parameters
+    learning_rate: float = 0.0  # of Adam, falling to zero in a straight line
     steps: int = 0
-    seed: int = 0
+    seed: int = 0  # of factors, order and data
 
 
 @dataclass(frozen=True)
@@ -64,10 +55,7 @@ class Result:
 
 
 def adapt(model: nn.Module, fit: Fit, targets: list[str] | str) -> Any:
-    """The model with a new adapter; scale 1 for every method that has one.
-
-    DoRA's magnitudes come on top of LoRA's parameters: it gets more rather than less than the others.
-    """
+    """The model with a new adapter, of scale 1. DoRA's magnitudes come on top: it gets rather more than the others."""
     from peft import HiraConfig, LoraConfig, get_peft_model
 
     from smoa_serve.peft import SMoAConfig, SMoALinear
@@ -89,24 +77,23 @@ def adapt(model: nn.Module, fit: Fit, targets: list[str] | str) -> Any:
     return adapted
 
 
-def train(adapted: nn.Module, fit: Fit, loss_of: Callable[[int], Tensor]) -> int:
-    """Adam on what can be trained, the loss of each step; returns how many numbers that are."""
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=fit.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / fit.steps)
-    _descend(optimizer, fit.steps, loss_of, schedule.step)
-    return sum(p.numel() for p in parameters)
-
-
-def _descend(
-    optimizer: Any, steps: int, loss_of: Callable[[int], Tensor], after: Callable[[], object] = lambda: None
-) -> None:
+def train(optimizer: Any, steps: int, loss_of: Callable[[int], Tensor], rate_at: Callable[[int], float]) -> None:
+    """So many steps, at a share of the optimizer's learning rate."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     for step in range(steps):
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        after()
+        schedule.step()
+
+
+def train_adapter(adapted: nn.Module, fit: Fit, loss_of: Callable[[int], Tensor]) -> int:
+    """Adam on what can be trained; returns how many numbers that are."""
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=fit.learning_rate)
+    train(optimizer, fit.steps, loss_of, lambda step: 1 - step / fit.steps)
+    return sum(p.numel() for p in parameters)
 
 
 def learned_updates(adapted: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,13 +128,7 @@ def mean_reach(found: Iterable[Reach]) -> Reach:
 
 
 def random_reach(weight: Tensor, method: str, rank: int, seeds: int) -> Reach:
-    """What random factors reach: the family itself, before anything is learnt.
-
-    Args:
-        weight: [H_out, H_in].
-        method: one of METHODS; rank: of LoRA, see Fit.
-        seeds: drawings, averaged.
-    """
+    """What random factors reach, averaged over drawings: the family itself, before anything is learnt."""
     found = []
     for seed in range(seeds):
         adapted = adapt(_linear(weight), Fit(method, rank, seed=seed), ["layer"])
@@ -199,7 +180,7 @@ def regression(kind: str, fit: Fit) -> Result:
         x = torch.randn(BATCH, H_IN, generator=generator)
         return functional.mse_loss(layer(x), x @ (weight + target).T)
 
-    parameters = train(adapted, fit, loss_of)
+    parameters = train_adapter(adapted, fit, loss_of)
     update = learned_updates(adapted, {"layer.weight": weight}).get("layer.weight", torch.zeros_like(weight))
     error = float((update - target).norm() / target.norm())
     return Result(error, parameters, reach_of(update, weight) if update.any() else {})
@@ -218,12 +199,6 @@ def sentences(dialect: str | None, seed: int, characters: int) -> str:
     return "".join(lines)[:characters]
 
 
-def sequences(dialect: str | None, seed: int, count: int) -> Tensor:
-    """[count, LENGTH] int64."""
-    text = sentences(dialect, seed, count * LENGTH)
-    return torch.tensor([ALPHABET.index(character) for character in text]).view(count, LENGTH)
-
-
 def character_model(weights: Path | None = None) -> Any:
     """A llama of two layers that reads characters, with random weights or these."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -232,31 +207,27 @@ def character_model(weights: Path | None = None) -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": len(ALPHABET)}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
     if weights is not None:
-        model.load_state_dict(_read(weights))
+        model.load_state_dict(torch.load(weights, weights_only=True))
     return model
 
 
 def pretrain(file: Path, steps: int) -> float:
     """Teach a character model the grammar and keep its weights in `file`; returns its loss on new sentences."""
     model = character_model()
-    _descend(torch.optim.AdamW(model.parameters(), lr=3e-3), steps, lambda step: _loss(model, None, step, SEQUENCES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    train(optimizer, steps, lambda step: _loss(model, None, step, SEQUENCES), lambda step: 1.0)
     torch.save(model.state_dict(), file)
     return held_out(model, None)
 
 
 def dialect(kind: str, fit: Fit, base_file: Path) -> Result:
     """Teach the pretrained model a dialect; the error is the loss on new sentences, nats per character."""
-    adapted = adapt(character_model(base_file), fit, "all-linear")
-    first_seed = 10_000 * (1 + fit.seed)
-    parameters = train(adapted, fit, lambda step: _loss(adapted, kind, first_seed + step, SEQUENCES))
-    error, before = held_out(adapted, kind), _read(base_file)
-    updates = learned_updates(adapted, before)
+    model = character_model(base_file)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    adapted, first_seed = adapt(model, fit, "all-linear"), 10_000 * (1 + fit.seed)
+    parameters = train_adapter(adapted, fit, lambda step: _loss(adapted, kind, first_seed + step, SEQUENCES))
+    error, updates = held_out(adapted, kind), learned_updates(adapted, before)
     return Result(error, parameters, mean_reach(reach_of(update, before[name]) for name, update in updates.items()))
-
-
-def untouched_loss(kind: str, base_file: Path) -> float:
-    """The pretrained model's loss on a dialect before anything is learnt."""
-    return held_out(character_model(base_file), kind)
 
 
 @torch.no_grad()
@@ -266,12 +237,7 @@ def held_out(model: Any, kind: str | None) -> float:
 
 
 def _loss(model: Any, kind: str | None, seed: int, count: int) -> Tensor:
-    ids = sequences(kind, seed, count)
+    text = sentences(kind, seed, count * LENGTH)
+    ids = torch.tensor([ALPHABET.index(character) for character in text]).view(count, LENGTH)
     loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss
-
-
-@cache
-def _read(base_file: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = torch.load(base_file, weights_only=True)
-    return weights

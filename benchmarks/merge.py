@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks import hot
 from benchmarks.harness import models
 from benchmarks.harness.bars import Bar, median_bar, ratio_bar
 from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
@@ -14,21 +15,7 @@ from benchmarks.harness.markdown import LOAD, bar_table, load_words, setup_line,
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import Server, ServerProcess, on_gpu, running
-from benchmarks.hot import (
-    ALONE,
-    HOT_20,
-    HOT_50,
-    HOT_90,
-    LOOK_S,
-    ZIPF,
-    Hot,
-    Place,
-    Traffic,
-    difference,
-    scores,
-    settle,
-    stalls,
-)
+from benchmarks.hot import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Hot, Place, Traffic
 from smoa_serve.cli.loadgen import make_jobs
 from smoa_serve.errors import SmoaError
 
@@ -53,27 +40,17 @@ class ParityError(SmoaError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
-
-    Attributes:
-        shape: of the base.
-        load: of one repeat of one variant; requests: in it.
-        rounds: repeats.
-        traffics: with which traffic; lora: those in which vLLM's LoRA takes part.
-        run_in_s: the longest that the automatic policy gets to settle.
-        cycles: merges and un-merges whose stalls are measured.
-        pairs: repeats back to back, of base and merged adapter, and of policy and best fixed choice; an even number.
-    """
+    """How much is measured."""
 
     shape: models.Shape
     load: Load
-    requests: int
+    requests: int  # of one repeat
     rounds: int
     traffics: tuple[Traffic, ...]
-    lora: tuple[Traffic, ...]
-    run_in_s: float
-    cycles: int
-    pairs: int
+    lora: tuple[Traffic, ...]  # those in which vLLM's LoRA takes part
+    run_in_s: float  # the longest that the automatic policy gets to settle
+    cycles: int  # merges and un-merges whose stalls are measured
+    pairs: int  # back to back, of base and merged adapter, and of policy and best fixed choice; an even number
 
     def variants(self) -> list[tuple[Traffic, str]]:
         """What a round measures."""
@@ -97,7 +74,6 @@ FULL = Plan(models.QWEN_05B_THIRD, Load(16, 64, 32), 20, 4, ALL_TRAFFICS, (HOT_9
 
 
 def cases(options: Options) -> Plan:
-    """One plan."""
     return QUICK if options.quick else FULL
 
 
@@ -113,7 +89,7 @@ def measure(plan: Plan, options: Options) -> list[Row]:
         rows = list(_parity(hots[0]))
         for asked in (("base",), ("base", HOT, "smoa-1", "smoa-2")):
             row = {"kind": "stall", "streams": len(asked)}
-            rows.append(row | stalls(hots[0], asked, STREAM_TOKENS, plan.cycles))
+            rows.append(row | hot.stalls(hots[0], asked, STREAM_TOKENS, plan.cycles))
         ask = partial(_ask, plan, servers, hots[0])
         asks = [partial(plan.ask, servers[name]) for name in (SMOA, SECOND)]
         rows += pairs(hots[0], plan.pairs, asks[0])
@@ -132,31 +108,31 @@ def _load_row(kind: str, traffic: Traffic, variant: str, found: Sequence[Repeat]
 def _servers(base: Path) -> list[Server]:
     smoa = {f"smoa-{i}": models.random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
     lora = {f"lora-{i}": models.random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
-    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(LOOK_S)}
+    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(hot.LOOK_S)}
     alike = [Server(name, True, smoa, environment=automatic) for name in (SMOA, SECOND)]
     return [*alike, Server(LORA, False, lora)]
 
 
-def _parity(hot: Hot) -> Iterator[Row]:
+def _parity(mine: Hot) -> Iterator[Row]:
     """The gate: everybody's answers at every place of the hot adapter against those with everything in its slot."""
     asked = ("base", HOT, "smoa-1")
-    before = {model: scores(hot.url, model) for model in asked}
+    before = {model: hot.scores(mine.url, model) for model in asked}
     for place in (Place.RESIDENT, Place.COMPENSATE, Place.EXCLUSIVE, Place.SLOT):
-        report = hot.bring(place, **({"check": True} if place is Place.COMPENSATE else {}))
+        report = mine.bring(place, **({"check": True} if place is Place.COMPENSATE else {}))
         wanted = ("lost", "largest_logprob_difference", "tokens_agree")
         checked = {key: report[key] for key in wanted if key in report}
         for model in asked:
-            found = difference(before[model], scores(hot.url, model))
+            found = hot.difference(before[model], hot.scores(mine.url, model))
             print(f"{place}: {model}: {found}")
             if found["largest"] > CLOSE:
                 raise ParityError(f"with {HOT} {place}, logprobs of {model} differ by {found['largest']:.3f} nats")
             yield {"kind": "parity", "place": place, "asked": model, **found, **checked}
-        if hot.shown != place.partition(",")[0]:
-            raise ParityError(f"{HOT} should be {place}, and the server says that it is {hot.shown}")
+        if mine.shown != place.partition(",")[0]:
+            raise ParityError(f"{HOT} should be {place}, and the server says that it is {mine.shown}")
 
 
 def _ask(
-    plan: Plan, servers: Mapping[str, ServerProcess], hot: Hot, traffic: Traffic, variant: str, seed: int
+    plan: Plan, servers: Mapping[str, ServerProcess], mine: Hot, traffic: Traffic, variant: str, seed: int
 ) -> Repeat:
     """One repeat of a variant, the hot adapter where it belongs."""
     if variant == LORA:
@@ -164,17 +140,17 @@ def _ask(
         found = plan.ask(servers[LORA], traffic, variant, seed)
         time.sleep(POLLING_S)
         return found
-    hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
+    mine.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
     return plan.ask(servers[SMOA], traffic, variant, seed)
 
 
-def pairs(hot: Hot, count: int, ask: Ask) -> Iterator[Row]:
+def pairs(mine: Hot, count: int, ask: Ask) -> Iterator[Row]:
     """Base and merged adapter back to back: repeats minutes apart differ more than the bars allow."""
     for traffic in PAIRED:
 
         def one(variant: str, seed: int, traffic: Traffic = traffic) -> Repeat:
             # On a CPU steps of the base run on the original weights whatever is merged.
-            hot.bring(Place.SLOT if variant == BASE_ONLY and on_gpu() else Place.COMPENSATE)
+            mine.bring(Place.SLOT if variant == BASE_ONLY and on_gpu() else Place.COMPENSATE)
             return ask(traffic, variant, seed)
 
         found = take_turns((BASE_ONLY, MERGED), count, one)
@@ -197,13 +173,7 @@ def policy_pairs(
     """The policy at rest beside the best fixed choice, back to back on two servers that are alike.
 
     Each traffic twice, the two servers with their roles changed: nothing of a server itself stays in the ratio.
-
-    Args:
-        hots: the hot adapter on the two servers, and asks: how each is asked.
-        best: traffic → the fixed choice to compare with, found by other repeats than these: the highest of several
-            noisy figures is too high by that alone.
-        count: of pairs in each traffic, both halves together; an even number.
-        run_in_s: the longest that the policy gets to settle.
+    The best choice was found by other repeats: the highest of several noisy figures is too high by that alone.
     """
     both: dict[Traffic, tuple[list[Repeat], list[Repeat]]] = {traffic: ([], []) for traffic in best}
     for automatic, fixed in ((0, 1), (1, 0)):
@@ -213,7 +183,7 @@ def policy_pairs(
             half = [partial(asks[automatic], traffic, POLICY), partial(asks[fixed], traffic, str(place))]
             first = automatic * (count // 2)
             with hots[automatic].left_to_the_policy():
-                did = settle(hots[automatic], half[0], run_in_s)
+                did = hot.settle(hots[automatic], half[0], run_in_s)
                 print(f"{traffic.name}: {did}")
                 yield {"kind": "policy", "traffic": traffic.name, **did}
                 found = take_turns(half, count // 2, lambda ask, seed, first=first: ask(first + seed))
@@ -225,7 +195,6 @@ def policy_pairs(
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Merged against base, the policy against the best fixed choice, stalls in usual steps."""
     found = {(row["traffic"], row["variant"], row["beside"]): row["values"] for row in of_kind(rows, "pairs")}
     bars = []
     for traffic, at_least in PAIRED.items():
@@ -244,7 +213,6 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Setup, throughput by traffic and of pairs, stalls, what rounding changes, the policy's last moves, the bars."""
     measured, paired, parity = (of_kind(rows, kind) for kind in ("merging", "pairs", "parity"))
     first, what = measured[0], {"traffic": "{traffic}", "hot adapter": "{variant}"}
     rounds = max(len(row["values"]) for row in measured)

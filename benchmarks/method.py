@@ -39,12 +39,10 @@ class Plan:
 
 
 def cases(options: Options) -> Plan:
-    """One plan; the quick one shows that it runs, its figures mean nothing."""
     return Plan(1, 60, 5, 60) if options.quick else Plan(5, 400, 100, 500)
 
 
 def measure(plan: Plan, options: Options) -> list[Row]:
-    """A row per method for what random factors reach, one per task and method, and one for the base."""
     weight = learning.llm_like_weight(SEARCH_SEED)
     rank = learning.REGRESSION_RANK
     rows: list[Row] = [
@@ -58,15 +56,15 @@ def measure(plan: Plan, options: Options) -> list[Row]:
     ):
         base = Path(folder) / "base.pt"
         learnt = pool.submit(learning.pretrain, base, plan.pretraining_steps).result()
-        for target in learning.TARGETS:
-            fit = Fit("", rank, steps=plan.regression_steps, seed=SEARCH_SEED)
-            for row in _compare(pool, partial(learning.regression, target), fit, plan.seeds):
-                rows.append({"kind": "regression", "task": target, **row})
-        for kind in learning.DIALECTS:
-            fit = Fit("", learning.CHARACTER_RANK, steps=plan.dialect_steps, seed=SEARCH_SEED)
-            for row in _compare(pool, partial(learning.dialect, kind, base_file=base), fit, plan.seeds):
-                rows.append({"kind": "dialect", "task": kind, **row})
-        untouched = {kind: pool.submit(learning.untouched_loss, kind, base).result() for kind in learning.DIALECTS}
+        tasks = [("regression", kind, rank, plan.regression_steps, learning.regression) for kind in learning.TARGETS]
+        taught = partial(learning.dialect, base_file=base)
+        tasks += [("dialect", kind, learning.CHARACTER_RANK, plan.dialect_steps, taught) for kind in learning.DIALECTS]
+        for family, kind, rank, steps, task in tasks:
+            fit = Fit("", rank, steps=steps, seed=SEARCH_SEED)
+            rows += (
+                {"kind": family, "task": kind, **row} for row in _compare(pool, partial(task, kind), fit, plan.seeds)
+            )
+        untouched = {kind: learning.held_out(learning.character_model(base), kind) for kind in learning.DIALECTS}
     return [*rows, {"kind": "base", "loss_of_its_own_dialect": learnt, **untouched}]
 
 
@@ -109,7 +107,6 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """The errors of every task, what the order adds, and what an update reaches."""
     (base,) = of_kind(rows, "base")
     seeds = len(of_kind(rows, "regression")[0]["errors"])
     untouched = ", ".join(f"{base[task]:.2f} on “{task}”" for task in learning.DIALECTS)

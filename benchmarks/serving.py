@@ -26,37 +26,29 @@ LORA_RANK = 4
 ADAPTERS = 16
 STOCK, EAGER, LORA, PLUGIN = "vLLM alone", "vLLM alone, eager", "vLLM with LoRA", "vLLM with smoa-serve"
 CPU = torch.device("cpu")
+NAME, WORDS = "smoa-r{}-k{}-{}".format, "{} SMoA r={} K={}".format
 COLOURS = {"base": "#8c8c8c", "LoRA": "#4c78a8", "SMoA": "#e4572e"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured of one model.
+    """How much is measured of one model."""
 
-    Attributes:
-        shape: of the model, None = the demo's.
-        load, repeats: of each variant; counts: of SMoA adapters.
-        delta_repeats: of each time of the deltas alone.
-        eager: also the base without compilation: vLLM compiles nothing on a CPU once LoRA is enabled.
-    """
-
-    shape: models.Shape | None
+    shape: models.Shape | None  # None = the demo's
     load: Load
     repeats: int
-    counts: tuple[int, ...]
-    delta_repeats: int
-    eager: bool
+    counts: tuple[int, ...]  # of SMoA adapters
+    delta_repeats: int  # of each time of the deltas alone
+    eager: bool  # also the base without compilation: vLLM compiles nothing on a CPU once LoRA is enabled
 
 
 def cases(options: Options) -> list[Plan]:
-    """The models; bars apply to the first."""
     if options.quick:
         return [Plan(models.QWEN_05B_QUICK, Load(16, 64, 32), 7, (16,), 3, False)]
     return [Plan(shape, Load(16, 128, 64), 3, (1, 4, 16), 5, True) for shape in (models.QWEN_05B, None)]
 
 
 def measure(plans: Sequence[Plan], options: Options) -> list[Row]:
-    """A row per variant of each model, and one per (r, K) for the deltas alone."""
     rows: list[Row] = []
     for plan in plans:
         rows += [delta_row(plan.shape, *each, plan) for each in CONFIGURATIONS if plan.shape]
@@ -67,7 +59,7 @@ def measure(plans: Sequence[Plan], options: Options) -> list[Row]:
 def _compare(plan: Plan) -> Iterator[Row]:
     base = models.random_base(plan.shape) if plan.shape else models.demo_base()
     lora = {f"lora-{i}": models.random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
-    smoa = {_name(*each, i): models.random_smoa(base, *each, i) for each in CONFIGURATIONS for i in range(ADAPTERS)}
+    smoa = {NAME(*each, i): models.random_smoa(base, *each, i) for each in CONFIGURATIONS for i in range(ADAPTERS)}
     servers = [Server(STOCK, False), Server(LORA, False, lora), Server(PLUGIN, True, smoa)]
     if plan.eager:
         servers.insert(1, Server(EAGER, False, flags=(*FLAGS, "--enforce-eager")))
@@ -76,7 +68,7 @@ def _compare(plan: Plan) -> Iterator[Row]:
     variants[f"{ADAPTERS} LoRA r={LORA_RANK}"] = (LORA, list(lora))
     for each in CONFIGURATIONS:
         for count in plan.counts:
-            variants[_words(count, *each)] = (PLUGIN, [_name(*each, i) for i in range(count)])
+            variants[WORDS(count, *each)] = (PLUGIN, [NAME(*each, i) for i in range(count)])
     load = plan.load
     with running(base, servers) as processes:
         for server, asked in variants.values():  # adapters come into their slots, buffers into being
@@ -92,14 +84,6 @@ def _compare(plan: Plan) -> Iterator[Row]:
     shared = {"kind": "serving", "model": plan.shape.name if plan.shape else "demo", "load": asdict(load)}
     for name, found in results.items():
         yield {**shared, "variant": name, **figures(found)}
-
-
-def _name(rank: int, num_blocks: int, index: int) -> str:
-    return f"smoa-r{rank}-k{num_blocks}-{index}"
-
-
-def _words(count: int, rank: int, num_blocks: int) -> str:
-    return f"{count} SMoA r={rank} K={num_blocks}"
 
 
 def delta_row(shape: models.Shape, rank: int, num_blocks: int, plan: Plan) -> Row:
@@ -135,7 +119,6 @@ def layer_shapes(shape: models.Shape) -> list[LayerShape]:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Base requests with the plugin, adapters against LoRA and against the base, the delta against the dense way."""
     found = {row["variant"]: row["values"] for row in next(iter(_by_model(rows).values()))}
     stock, lora = f"base, {STOCK}", f"{ADAPTERS} LoRA r={LORA_RANK}"
     plugin = found[f"base, {PLUGIN}"]
@@ -144,7 +127,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
         ratio_bar("base with the plugin / vLLM with --enable-lora", plugin, found[f"base, {LORA}"], 0.97),
     ]
     for each in CONFIGURATIONS:
-        name = _words(ADAPTERS, *each)
+        name = WORDS(ADAPTERS, *each)
         bars.append(ratio_bar(f"{name} / {lora}", found[name], found[lora], 1.0))
         bars.append(ratio_bar(f"{name} / {stock}", found[name], found[stock], 0.5))
     for row in of_kind(rows, "delta"):
@@ -154,7 +137,6 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Setup, one table per model, the deltas' own times and the bars."""
     parts = [setup_line(rows[0])]
     for model, found in _by_model(rows).items():
         parts.append(f"**{model}**, {load_words(found[0])}\n\n{table({'variant': '{variant}', **LOAD}, found)}")
@@ -171,7 +153,6 @@ def short_section(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Throughput with the spread of the repeats, a chart per model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

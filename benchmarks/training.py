@@ -5,13 +5,10 @@
 prints the peak memory of training steps in a process of their own: bytes above what was resident before the first.
 """
 
-import json
 import os
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import timing
 from benchmarks.harness.bars import Bar, median_bar, ratio_bar
 from benchmarks.harness.markdown import Columns, bar_table, setup_line, table
 from benchmarks.harness.question import Options
@@ -29,6 +27,7 @@ from benchmarks.harness.results import Row, of_kind
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 VARIANTS = ("base", "ours", "dense")
 LOSS_TOLERANCE = 1e-4  # relative, float32
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,28 @@ LOSSES = Setting(32, 4, 32)  # few tokens: many steps of both formulations
 
 
 def cases(options: Options) -> tuple[Setting, ...]:
-    """What is trained."""
     return FULL[:1] if options.quick else FULL
 
 
 def measure(settings: Sequence[Setting], options: Options) -> list[Row]:
-    """A row per setting: losses first, then times in turn, then memory in processes of their own."""
-    difference = _loss_difference(5 if options.quick else 50)
+    """A row per setting: times, then memory in processes of their own. First a gate: both ways learn the same."""
+    ours, dense = (make_step(make_model(variant, LOSSES), LOSSES) for variant in ("ours", "dense"))
+    losses = [(ours(), dense()) for _ in range(5 if options.quick else 50)]
+    difference = max(abs(one - other) / other for one, other in losses)
+    assert difference <= LOSS_TOLERANCE, f"losses differ by {difference:.2e}, allowed is {LOSS_TOLERANCE:.0e}"
+    budget = timing.Budget(0.0, *(3, 3) if options.quick else (5, 5))
     rows = []
     for setting in settings:
         steps = {variant: make_step(make_model(variant, setting), setting) for variant in VARIANTS}
-        times = _times(steps, 3 if options.quick else 5)
+        times = timing.measure({v: lambda _, step=step: step() for v, step in steps.items()}, 1, CPU, budget)
         del steps
         plain = replace(setting, rank=1, num_blocks=1)  # the base has no blocks: it is measured once per dtype
         row = {
             "kind": "training",
             "setting": setting.name,
             "tokens": setting.tokens,
-            "steps_s": times,
-            "step_s": {variant: statistics.median(values) for variant, values in times.items()},
+            "times_us": times,
+            "step_s": {variant: found["median"] / 1e6 for variant, found in times.items()},
             "peak_bytes": {variant: _peak(variant, plain if variant == "base" else setting) for variant in VARIANTS},
             "largest_loss_difference": difference,
         }
@@ -79,17 +81,16 @@ def measure(settings: Sequence[Setting], options: Options) -> list[Row]:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Memory above the base's, and paired times."""
     bars = []
     for row in of_kind(rows, "training"):
-        times, less = row["steps_s"], _adapter_bytes(row, "dense") / _adapter_bytes(row, "ours")
+        ours, dense = (list(row["times_us"][variant]["by_round"].values()) for variant in ("ours", "dense"))
+        less = _adapter_bytes(row, "dense") / _adapter_bytes(row, "ours")
         bars.append(median_bar(f"{row['setting']}: less adapter memory, dense / ours", [less], 2.0))
-        bars.append(ratio_bar(f"{row['setting']}: step time, dense / ours", times["dense"], times["ours"], 1.0))
+        bars.append(ratio_bar(f"{row['setting']}: step time, dense / ours", dense, ours, 1.0))
     return bars
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Time and memory of each setting, and the bars."""
     columns: Columns = {
         "setting": "{setting}",
         "step: dense, ms": lambda row: f"{row['step_s']['dense'] * 1e3:.0f}",
@@ -109,31 +110,6 @@ def _adapter_bytes(row: Row, variant: str) -> int:
     return int(row["peak_bytes"][variant] - row["peak_bytes"]["base"])
 
 
-def _loss_difference(count: int) -> float:
-    """Largest relative difference of the losses of `count` steps; a gate, not a figure.
-
-    Raises:
-        AssertionError: the two formulations do not learn the same.
-    """
-    ours_step, dense_step = (make_step(make_model(variant, LOSSES), LOSSES) for variant in ("ours", "dense"))
-    pairs = [(ours_step(), dense_step()) for _ in range(count)]
-    largest = max(abs(ours - dense) / dense for ours, dense in pairs)
-    assert largest <= LOSS_TOLERANCE, f"losses differ by {largest:.2e}, allowed is {LOSS_TOLERANCE:.0e}"
-    return largest
-
-
-def _times(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step; the variants take turns."""
-    times: dict[str, list[float]] = {variant: [] for variant in steps}
-    for repeat in range(repeats + 1):
-        for variant, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if repeat:  # the first warms up
-                times[variant].append(time.perf_counter() - begin)
-    return times
-
-
 @cache
 def _peak(variant: str, setting: Setting) -> int:
     """Peak memory in a process of its own, where every freed tensor goes back to the system at once."""
@@ -141,16 +117,12 @@ def _peak(variant: str, setting: Setting) -> int:
     command = [sys.executable, "-m", "benchmarks.training", variant, *sizes, setting.dtype]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return int(json.loads(output.splitlines()[-1])["peak_bytes"])
+    return int(output.splitlines()[-1])
 
 
 class DenseFormulation(nn.Module):
-    """The update as it is published: every block's product times a float32 copy of its weights, written into a matrix
-    of the layer's size, on every forward pass; gradients by autograd.
-
-    Args:
-        layer: of ours, whose blocks and first factors are taken over.
-    """
+    """A layer of ours as it is published: every block's product times a float32 copy of its weights, written into a
+    matrix of the layer's size, on every forward pass; gradients by autograd."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -224,13 +196,8 @@ def peak_bytes(step: Callable[[], float], repeats: int) -> int:
     return int(found[1]) * 1024
 
 
-def main(variant: str, rank: str, num_blocks: str, tokens: str, dtype: str) -> None:
-    """Measure one variant's memory."""
-    setting = Setting(int(rank), int(num_blocks), int(tokens), dtype)
-    step = make_step(make_model(variant, setting), setting)
-    step()  # what is made once: optimizer state, threads' scratch
-    print(json.dumps({"peak_bytes": peak_bytes(step, 2)}))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    alone = Setting(*map(int, sys.argv[2:5]), sys.argv[5])
+    one_step = make_step(make_model(sys.argv[1], alone), alone)
+    one_step()  # what is made once: optimizer state, threads' scratch
+    print(peak_bytes(one_step, 2))

@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from benchmarks.delta.cases import Case, LayerShape, shapes
-from benchmarks.delta.layers import DTYPE, LayerCopy, build_layers
+from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import Step
 from benchmarks.harness import ops, timing
 from benchmarks.harness.bars import Bar
@@ -36,7 +36,6 @@ PER_RANK = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5, 7.0, 
 
 
 def cases(options: Options) -> list[tuple[LayerShape, int, int]]:
-    """(layer, r, K)."""
     layers = options.layers or (QUICK_LAYERS if options.quick else LAYERS)
     configurations = QUICK_CONFIGURATIONS if options.quick else CONFIGURATIONS
     return [(shape, rank, blocks) for shape in shapes(layers) for rank, blocks in configurations]
@@ -59,23 +58,25 @@ def measure(chosen: Sequence[tuple[LayerShape, int, int]], options: Options) -> 
                     copy.banks[name].make_resident(slot)
             for adapters in ADAPTERS:
                 for tokens in GROUP_TOKENS:
-                    case = Case(shape, rank, blocks, tokens * adapters, adapters)
-                    points[name].append(_point(case, copies, name, budget))
+                    step = Step(Case(shape, rank, blocks, tokens * adapters, adapters), copies, residents=True)
+                    calls = {str(way): step.delta(name, cost) for way, cost in WAYS.items()}
+                    step.gate(calls)
+                    times = timing.measure(calls, len(copies), device, budget)
+                    points[name].append({"kind": "way", "implementation": name, **step.case.row(), "times_us": times})
         print(f"measured {shape.name}, (r, K) = ({rank}, {blocks})")
     rows, found = [], []
     for name, mine in points.items():
         before = ops.default_cost(name, device, DTYPE)
-        after = judged(mine, before)
-        rows += [_summary(name, mine, before, after), *mine]
-        found.append(
-            ops.TunedCost(
-                device=ops.device_name(device),
-                implementation=name,
-                dtype=str(DTYPE).removeprefix("torch."),
-                threads=torch.get_num_threads() if device.type == "cpu" else None,
-                **_constants(after),
-            )
-        )
+        after, others = judged(mine, before), [sample(row, 1) for row in mine]
+        plain = without_resident(others)
+        row = {"kind": "tuned", "implementation": name, "points": len(mine)}
+        row |= {"constants": _constants(after), "constants_before": _constants(before)}
+        for when, cost in (("before", before), ("after", after)):
+            row |= {f"regret_{when}": regret(plain, cost), f"regret_resident_{when}": regret(others, cost)}
+        rows += [row, *mine]
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        what = {"device": ops.device_name(device), "dtype": str(DTYPE).removeprefix("torch."), "threads": threads}
+        found.append(ops.TunedCost(implementation=name, **what, **_constants(after)))
     try:
         ops.store_costs(ops.cost_file(), found)
     except ops.CostFileError as error:
@@ -90,7 +91,6 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """What the constants change: geometric means over all points, of other rounds than those they were fitted to."""
     columns: Columns = {
         "implementation": "{implementation}",
         "form, per rank, resident: default": lambda row: ", ".join(f"{v:g}" for v in row["constants_before"].values()),
@@ -102,30 +102,7 @@ def section(rows: Sequence[Row]) -> str:
     return f"{setup_line(rows[0])}\n\n{table(columns, of_kind(rows, 'tuned'))}"
 
 
-def _point(case: Case, copies: Sequence[LayerCopy], name: str, budget: Budget) -> Row:
-    step = Step(case, copies, residents=True)
-    calls = {str(way): step.delta(name, cost) for way, cost in WAYS.items()}
-    step.gate(calls)
-    times = timing.measure(calls, len(copies), step.x.device, budget)
-    return {"kind": "way", "implementation": name, **case.row(), "times_us": times}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Time of each way for batches in which every adapter has `tokens` tokens and this live rank."""
-
-    tokens: int
-    rank: int
-    times: dict[Way, float]
-
-    def regret(self, cost: CostModel) -> float:
-        """Share of time lost by the way that `cost` chooses, against the fastest."""
-        chosen = cost.way(self.tokens, self.rank, "resident" in self.times)
-        return self.times[chosen] / min(self.times.values()) - 1.0
-
-    def without_resident(self) -> "Sample":
-        """The same where no blocks are held."""
-        return replace(self, times={way: time for way, time in self.times.items() if way != "resident"})
+Sample = tuple[int, int, dict[Way, float]]  # tokens of every adapter, live rank, time of each way
 
 
 def sample(row: Row, half: int) -> Sample:
@@ -135,57 +112,43 @@ def sample(row: Row, half: int) -> Sample:
         rounds = row["times_us"][way]["by_round"]
         mine = [us for i, us in rounds.items() if int(i) % 2 == half]
         times[way] = statistics.median(mine or rounds.values())
-    return Sample(row["tokens"] // row["adapters"], row["rank"] // row["blocks"], times)
+    return row["tokens"] // row["adapters"], row["rank"] // row["blocks"], times
+
+
+def without_resident(samples: Iterable[Sample]) -> list[Sample]:
+    """The same where no blocks are held."""
+    return [(t, r, {way: time for way, time in times.items() if way != "resident"}) for t, r, times in samples]
 
 
 def regret(samples: Iterable[Sample], cost: CostModel) -> float:
-    """Share of time lost over all samples: their geometric mean, so that no single point decides."""
-    return math.exp(statistics.mean(math.log1p(one.regret(cost)) for one in samples)) - 1.0
+    """Share of time lost by the ways that `cost` chooses, against the fastest: the geometric mean over all samples, so
+    that no single point decides."""
+    chosen = [(times[cost.way(tokens, rank, "resident" in times)], times) for tokens, rank, times in samples]
+    return math.exp(statistics.mean(math.log(time / min(times.values())) for time, times in chosen)) - 1.0
 
 
 def judged(points: Sequence[Row], before: CostModel) -> CostModel:
     """Constants fitted to half of the rounds, if they lose less in the other half too; else those before."""
-    after = fit([sample(row, 0) for row in points], before)
-    others = [sample(row, 1) for row in points]
-    both = [*others, *(one.without_resident() for one in others)]
+    after, others = fit([sample(row, 0) for row in points], before), [sample(row, 1) for row in points]
+    both = [*others, *without_resident(others)]
     return after if regret(both, after) < regret(both, before) else before
 
 
 def fit(samples: Sequence[Sample], start: CostModel) -> CostModel:
-    """The constants of least regret; they stay those of `start` where nothing is gained by others."""
-    forming = [one.without_resident() for one in samples]
-    candidates = [replace(start, form=form, form_per_rank=per_rank) for form in ROWS for per_rank in PER_RANK]
-    formed = _least([start, *candidates], lambda cost: regret(forming, cost), start)
-    held = [one for one in samples if "resident" in one.times]
-    if not held:
-        return formed
-    return _least([formed, *(replace(formed, resident=rows) for rows in ROWS)], lambda cost: regret(held, cost), formed)
+    """The constants of least regret, of equal ones the nearest to the start."""
 
+    def least(candidates: Sequence[CostModel], known: Sequence[Sample]) -> CostModel:
+        def loss(cost: CostModel) -> tuple[float, float]:
+            away = sum(abs(value - _constants(candidates[0])[name]) for name, value in _constants(cost).items())
+            return round(regret(known, cost), 6), away
 
-def _least(candidates: Sequence[CostModel], loss: Callable[[CostModel], float], start: CostModel) -> CostModel:
-    """Of least loss; of equal ones the nearest to the start."""
+        return min(candidates, key=loss)
 
-    def distance(cost: CostModel) -> float:
-        return sum(abs(value - _constants(start)[name]) for name, value in _constants(cost).items())
-
-    return min(candidates, key=lambda cost: (round(loss(cost), 6), distance(cost)))
+    forming = [replace(start, form=form, form_per_rank=per_rank) for form in ROWS for per_rank in PER_RANK]
+    formed = least([start, *forming], without_resident(samples))
+    held = [one for one in samples if "resident" in one[2]]
+    return least([formed, *(replace(formed, resident=rows) for rows in ROWS)], held) if held else formed
 
 
 def _constants(cost: CostModel) -> dict[str, float]:
     return {"form": cost.form, "form_per_rank": cost.form_per_rank, "resident": cost.resident}
-
-
-def _summary(name: str, points: Sequence[Row], before: CostModel, after: CostModel) -> Row:
-    others = [sample(row, 1) for row in points]
-    plain = [one.without_resident() for one in others]
-    return {
-        "kind": "tuned",
-        "implementation": name,
-        "constants": _constants(after),
-        "constants_before": _constants(before),
-        "points": len(points),
-        "regret_before": round(regret(plain, before), 4),
-        "regret_after": round(regret(plain, after), 4),
-        "regret_resident_before": round(regret(others, before), 4),
-        "regret_resident_after": round(regret(others, after), 4),
-    }

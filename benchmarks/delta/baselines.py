@@ -102,8 +102,7 @@ def dense(step: Step) -> Call:
 
 
 def lora(step: Step) -> dict[str, Call]:
-    """LoRA of rank r/K, which is as many parameters as SMoA has, after its gate: vLLM's `add_lora_linear`; one product per
-    adapter in torch where vLLM's CPU ops would copy too much."""
+    """LoRA of rank r/K, as many parameters as SMoA has, after its gate: vLLM's, or in torch where that copies too much."""
     case, layer, x, y = step.case, step.case.layer, step.x, step.y
     if not case.group_sizes():
         return {}

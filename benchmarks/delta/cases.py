@@ -61,10 +61,7 @@ def shapes(names: Sequence[str]) -> list[LayerShape]:
 
 @dataclass(frozen=True)
 class Case:
-    """One point: r in K `blocks`, T tokens of so many distinct adapters (0 = every token has slot -1).
-
-    For workloads other than EQUAL `adapters` is the number of slots.
-    """
+    """One point: r in K `blocks`, T tokens of so many distinct adapters (or, unless EQUAL, of so many slots)."""
 
     layer: LayerShape
     rank: int
@@ -99,15 +96,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Grid:
-    """The points of a run.
+    """The points of a run: every T with every number of distinct adapters, of which no more than `slots` meet.
 
-    Attributes:
-        layers: names out of SHAPES; configurations: (r, K).
-        tokens, adapters: every pair of them; of more adapters than tokens only "all different" is left.
-        long_adapters: distinct ones in a prefill, on layers of at most `long_numel` weights.
-        bare_tokens: T at which a batch without adapters is measured.
-        workloads: whether they are measured, on one layer at two (r, K).
-        slots: of every bank; no more adapters meet.
+    `long_adapters` are those of a prefill, on layers of at most `long_numel` weights; at `bare_tokens` there are none.
     """
 
     layers: tuple[str, ...]

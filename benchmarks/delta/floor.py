@@ -38,8 +38,8 @@ class Ceilings:
 
 
 def works(case: Case) -> dict[str, Work]:
-    """Of the base GEMM; where tokens have adapters, of the delta (each adapter on the way of fewer FLOPs, or all of them on
-    one way), and of the single pass."""
+    """Of the base GEMM; where there are adapters, of the delta (each adapter on the way of fewer FLOPs, or all on one),
+    and of the single pass."""
     layer, sizes, rank = case.layer, case.group_sizes(), case.branch_rank
     numbers = layer.numel + case.tokens * (layer.h_in + layer.h_out)
     base = Work(ELEMENT_BYTES * numbers, 2.0 * layer.numel * case.tokens)

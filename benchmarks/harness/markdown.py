@@ -62,21 +62,15 @@ def load_words(row: Row) -> str:
     return words.format_map(row["load"])
 
 
-def section_of(file: Path, name: str) -> str:
-    """What stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`.
+def with_section(file: Path, name: str, text: str) -> str:
+    """A document with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`.
 
     Raises:
         ValueError: the file has no such markers.
     """
     begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-    content = file.read_text(encoding="utf-8")
-    if begin not in content or end not in content:
+    before, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
         raise ValueError(f"{file} has no markers {begin.strip()} and {end.strip()}")
-    return content.partition(begin)[2].partition(end)[0]
-
-
-def replace_section(file: Path, name: str, text: str) -> None:
-    """Put `text` there."""
-    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-    old = f"{begin}{section_of(file, name)}{end}"
-    file.write_text(file.read_text(encoding="utf-8").replace(old, f"{begin}{text}{end}"), encoding="utf-8")
+    return f"{before}{begin}{text}{end}{after}"

@@ -1,16 +1,16 @@
 """Random models of real shapes, built once: a base, SMoA and LoRA adapters. The only place that makes any."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from smoa_serve import testing
 from smoa_serve.base.orders import cache_root
 from smoa_serve.demo.shipped import STAMP, ensure_models
-from smoa_serve.testing import random_adapter
 from tools.demo.artifacts import build_folder
 
 
@@ -68,7 +68,7 @@ def _adapter(base: Path, name: str, kind: str, recipe: dict[str, object]) -> Pat
     """Never beside a base that is not ours: the demo serves whatever lies in its folder of adapters."""
     made_for = json.loads((base / STAMP).read_text(encoding="utf-8"))["digest"]
     folder = home(base.resolve().parent.name.lstrip(".")) / "adapters" / name
-    build: Callable[[Path], object] = lambda out: random_adapter(out, base, kind=kind, dtype=torch.bfloat16, **recipe)
+    build = partial(testing.random_adapter, base=base, kind=kind, dtype=torch.bfloat16, **recipe)
     build_folder(folder, recipe | {"base": made_for, "version": 3}, build)
     return folder
 

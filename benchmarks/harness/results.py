@@ -12,7 +12,6 @@ from benchmarks.harness.machine import device_class
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
-_FULL_RUN = re.compile(r"(?P<what>[a-z]+)-\d{8}-\d{6}\.jsonl")
 
 
 def write(shared: Row, rows: Sequence[Row], extra: Path | None, folder: Path) -> list[Row]:
@@ -28,23 +27,21 @@ def write(shared: Row, rows: Sequence[Row], extra: Path | None, folder: Path) ->
 
 
 def newest(what: str, folder: Path = RESULTS) -> dict[str, list[Row]]:
-    """The newest full runs of a question, by device class.
-
-    A run of some layers only (`--layers`) replaces older figures of those layers; the others stay.
-    """
+    """The newest full runs of a question, by device class; of some layers only (`--layers`) they replace these."""
     found: dict[str, list[Row]] = {}
-    covered: dict[str, set[str | None]] = {}
-    for file in sorted(folder.glob(f"{what}-*.jsonl"), reverse=True):
-        match = _FULL_RUN.fullmatch(file.name)
-        if match is None or match["what"] != what:
-            continue
+    for file in sorted(folder.glob(f"{what}-[0-9]*.jsonl"), reverse=True):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        name = device_class(rows[0])
-        layers = {row["layer"] for row in rows if "layer" in row} or {None}
-        if layers - covered.setdefault(name, set()):
-            covered[name] |= layers
-            found[name] = rows + found.get(name, [])
+        newer = found.setdefault(device_class(rows[0]), [])
+        known = {row.get("layer") for row in newer if row["kind"] != "bar"}
+        if {row.get("layer") for row in rows if row["kind"] != "bar"} - known:
+            newer[:0] = [row for row in rows if not any(layer in (row.get("layer"), _layer(row)) for layer in known)]
     return found
+
+
+def _layer(row: Row) -> str | None:
+    """That a bar is about."""
+    match = re.search(r", worst of \d+: ([^,]+),", row.get("name", ""))
+    return match[1] if match else None
 
 
 def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:

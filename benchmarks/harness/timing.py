@@ -36,17 +36,7 @@ class Budget:
 
 
 def measure(calls: Mapping[str, Call], copies: int, device: torch.device, budget: Budget) -> dict[str, dict[str, Any]]:
-    """Times all candidates in turn, round after round.
-
-    Args:
-        calls: candidates by name.
-        copies: of the layer; each round and each candidate takes another one.
-        device: where they run.
-        budget: how long.
-
-    Returns:
-        By name what `times_row` says.
-    """
+    """What `times_row` says of each candidate; they take turns round after round, each time on another copy."""
     repeats = {
         name: _cuda_repeat(call, copies) if device.type == "cuda" else _cpu_repeat(call, copies, first)
         for first, (name, call) in enumerate(calls.items())
