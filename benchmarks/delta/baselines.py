@@ -102,7 +102,7 @@ def dense(step: Step) -> Call:
 
 
 def lora(step: Step) -> dict[str, Call]:
-    """LoRA of rank r/K, as many parameters as SMoA has, after its gate: vLLM's, or in torch where that copies too much."""
+    """LoRA of rank r/K, as many parameters as SMoA has, after its gate: vLLM's, in torch where that copies too much."""
     case, layer, x, y = step.case, step.case.layer, step.x, step.y
     if not case.group_sizes():
         return {}

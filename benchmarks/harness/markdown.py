@@ -68,9 +68,9 @@ def with_section(file: Path, name: str, text: str) -> str:
     Raises:
         ValueError: the file has no such markers.
     """
-    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = file.read_text(encoding="utf-8").partition(begin)
     _, also_found, after = rest.partition(end)
     if not found or not also_found:
-        raise ValueError(f"{file} has no markers {begin.strip()} and {end.strip()}")
-    return f"{before}{begin}{text}{end}{after}"
+        raise ValueError(f"{file} has no markers {begin} and {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"

@@ -37,7 +37,7 @@ def pages(root: Path) -> dict[Path, str]:
         "Written by `python -m benchmarks publish` from the lines beside this page; how it is measured: [performance]"
     )
     for what, by_class in found.items():
-        parts = [f"# {what}", str(question(what).__doc__).strip(), f"{words}(../../docs/performance.md)."]
+        parts = [f"# {what}", str(question(what).__doc__).partition("\n\n")[0], f"{words}(../../docs/performance.md)."]
         parts += [f"## {name}\n\n{question(what).section(rows)}" for name, rows in by_class.items()]
         written[root / "benchmarks" / "results" / f"{what}.md"] = "\n\n".join(parts) + "\n"
     return written
