@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.harness.machine import busy, device_class, facts
+from benchmarks.harness.publish import page, publish
 from benchmarks.harness.question import IN_THIS_PROCESS, QUESTIONS, Options, question
 from benchmarks.harness.results import RESULTS, write
 from smoa_serve.errors import SmoaError
@@ -31,8 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Read when torch is first imported: threads that wait must not take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if given.what == "publish":
-        from benchmarks.harness.publish import publish
-
         publish()
         return 0
     errors, load_before, begin = Console(stderr=True), busy(), time.monotonic()
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     shared = {"what": given.what, "quick": given.quick, "busy_before": round(load_before, 2), **machine}
     bars = asked.bars(rows)
     stored = write(shared, [*rows, *(bar.row() for bar in bars)], given.json, RESULTS)
-    print(asked.section(stored))
+    print(page(given.what, stored))
     for bar in bars:
         print(bar.line(device_class(shared)))
     print(f"{given.what}: {time.monotonic() - begin:.0f} s")

@@ -3,7 +3,6 @@ compared."""
 
 import asyncio
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import httpx
 
 from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import bar_table, setup_line, table
+from benchmarks.harness.markdown import table
 from benchmarks.harness.models import testing
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
@@ -207,17 +206,40 @@ def measure(case: tuple[int, int], options: Options) -> list[Row]:
     Raises:
         ChurnError: an answer was wrong, or something was refused.
     """
-    folder = Path(tempfile.mkdtemp(prefix="smoa-churn-"))
-    try:
+    operations, every = case
+    samples: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="smoa-churn-") as name:
+        folder = Path(name)
         base = testing.random_base(folder / "churn" / "base")
-        samples, churn = _serve(base, folder, *make_contents(base, folder / "adapters"), *case)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        contents, movable = make_contents(base, folder / "adapters")
+        flags = ["--adapters-root", str(folder / "adapters"), "--dtype", "float32", "--enforce-eager"]
+        # Pages of the KV cache count once they were used: few blocks, or it grows for as long as there are fresh ones.
+        flags += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enable-lora"]
+        flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8"]
+        environment = {"OMP_NUM_THREADS": "1", "SMOA_STORE_DIR": str(folder / "store")}
+        environment |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60", "VLLM_SERVER_DEV_MODE": "1"}  # for the workers' accounts
+        with running(base, [Server("churn", True, {}, tuple(flags), environment)]) as servers:
+            server = servers["churn"]
+
+            def look(done: int) -> None:
+                with httpx.Client(base_url=server.url, timeout=120) as watcher:
+                    samples.append(sample(server.process.pid, watcher, done))
+                if done % (10 * every) < every:
+                    print(f"{done} operations: {samples[-1]['total_kib'] / 1024:.1f} MiB {samples[-1]['anon_kib']}")
+
+            async def churn_on() -> Churn:
+                limits = httpx.Limits(max_connections=WORKERS)
+                async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+                    churn = Churn(client, contents, movable)
+                    await churn.learn()
+                    await churn.run(operations, look, every)
+                    return churn
+
+            churn = asyncio.run(churn_on())
     if churn.wrong:
         raise ChurnError(f"after {churn.operations} operations: {churn.wrong[0]}")
     counts = {"operations": churn.operations, "requests": churn.requests, "done": dict(churn.done), "wrong": 0}
-    whole = {"kind": "churn", **counts, "growth": round(growth(samples, WARM_UP), 5)}
-    return [*samples, whole]
+    return [*samples, {"kind": "churn", **counts, "growth": round(growth(samples, WARM_UP), 5)}]
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
@@ -239,38 +261,4 @@ def section(rows: Sequence[Row]) -> str:
     )
     memory = {"operations": "{operations:,}", "memory, MiB": lambda row: f"{row['total_kib'] / 1024:.1f}"}
     some = [*samples[:: max(1, len(samples) // 10)], samples[-1]]
-    return "\n\n".join([setup_line(rows[0]), words, table(memory, some), bar_table(rows)])
-
-
-def _serve(
-    base: Path, folder: Path, contents: Sequence[Path], movable: Sequence[bool], operations: int, every: int
-) -> tuple[list[Row], Churn]:
-    flags = ["--adapters-root", str(folder / "adapters"), "--dtype", "float32", "--enforce-eager"]
-    # Pages of the KV cache count once they were used: few blocks, or it would grow for as long as there are fresh ones.
-    flags += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enable-lora"]
-    flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8"]
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # for the workers' own accounts
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
-        "SMOA_STORE_DIR": str(folder / "store"),
-    }
-    samples: list[Row] = []
-    with running(base, [Server("churn", True, {}, tuple(flags), environment)]) as servers:
-        server = servers["churn"]
-        with httpx.Client(base_url=server.url, timeout=120) as watcher:
-
-            def look(done: int) -> None:
-                samples.append(sample(server.process.pid, watcher, done))
-                if done % (10 * every) < every:
-                    print(f"{done} operations: {samples[-1]['total_kib'] / 1024:.1f} MiB {samples[-1]['anon_kib']}")
-
-            async def churn_on() -> Churn:
-                limits = httpx.Limits(max_connections=WORKERS)
-                async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-                    churn = Churn(client, contents, movable)
-                    await churn.learn()
-                    await churn.run(operations, look, every)
-                    return churn
-
-            return samples, asyncio.run(churn_on())
+    return f"{words}\n\n{table(memory, some)}"

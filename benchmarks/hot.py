@@ -2,9 +2,9 @@
 
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -141,23 +141,19 @@ def stalls(hot: Hot, models: Sequence[str], tokens: int, cycles: int) -> Row:
     windows: dict[Place, list[Window]] = {Place.COMPENSATE: [], Place.SLOT: []}
     while len(windows[Place.SLOT]) < cycles:
         times: list[list[float]] = [[] for _ in models]
-        threads = [
-            threading.Thread(target=_stream, args=(hot.url, model, tokens, mine), daemon=True)
-            for model, mine in zip(models, times, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        while min(map(len, times)) < SETTLED_TOKENS and any(thread.is_alive() for thread in threads):
-            time.sleep(0.01)
         moves = []
-        while all(thread.is_alive() for thread in threads):
-            for place in windows:
-                begin = time.perf_counter()
-                hot.bring(place)
-                moves.append((place, (begin, time.perf_counter())))
-                time.sleep(0.3)
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(models)) as pool:
+            streams = [pool.submit(_stream, hot.url, *each, tokens) for each in zip(models, times, strict=True)]
+            while min(map(len, times)) < SETTLED_TOKENS and not all(stream.done() for stream in streams):
+                time.sleep(0.01)
+            while not any(stream.done() for stream in streams):
+                for place in windows:
+                    begin = time.perf_counter()
+                    hot.bring(place)
+                    moves.append((place, (begin, time.perf_counter())))
+                    time.sleep(0.3)
+        for stream in streams:
+            stream.result()  # whatever it raised
         for place, window in moves:
             if window[1] < min(mine[-1] for mine in times):
                 windows[place].append(window)
@@ -182,7 +178,7 @@ def _overlap(gap: Window, window: Window) -> bool:
     return gap[1] > window[0] and gap[0] < window[1]
 
 
-def _stream(url: str, model: str, tokens: int, times: list[float]) -> None:
+def _stream(url: str, model: str, times: list[float], tokens: int) -> None:
     prompt = Random(0).choices(PROMPT_IDS, k=STREAM_PROMPT_TOKENS)
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True}

@@ -1,7 +1,8 @@
 """How long does a delta take on one layer, beside the base GEMM, the floor and other ways to compute it?"""
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import FORCED_WAYS, Step
 from benchmarks.harness import ops, timing
 from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import Columns, bar_table, setup_line, table
+from benchmarks.harness.markdown import Columns, table
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.timing import MOST_WAITING, Budget
@@ -26,8 +27,7 @@ BUDGETS = {False: Budget(0.12, 4, 25, patience_s=1.0), True: Budget(0.1, 4, 15, 
 DENSE_BUDGET = Budget(seconds_each=1.0, least=3, most=10, patience_s=2.0)
 DENSE_TOKENS, DENSE_ADAPTERS = 8, (1, 8)  # where the dense way is measured; it costs the same per adapter elsewhere
 Figure = tuple[float, tuple[float, float]]  # the figure, and its lowest and highest value within a round
-# Name, figure of a point (None where it is none of the bar's), at least, at most.
-Rule = tuple[str, Callable[[Row], Figure | None], float | None, float | None]
+PREFILL = {2: 1.6, 4: 1.3, 8: 1.18}  # K → most that base and delta may take, as a multiple of the base
 WHAT = {"layer": "{layer}", "(r, K)": "({rank}, {blocks})"}
 # (tokens, adapters) of the summary.
 BATCHES = ((1, 1), (8, 8), (64, 1), (64, 8), (64, 64), (256, 8), (256, 64), (256, 256), (4096, 1), (4096, 64))
@@ -107,122 +107,73 @@ def point_row(case: Case, times: Row, own: Sequence[str], ceilings: Ceilings) ->
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    if rows[0]["device"] == "cuda":
-        return list(_decide(rows, GPU_BARS))
-    layers = dict.fromkeys(row["layer"] for row in rows)
-    return [bar for layer in layers for bar in _decide([row for row in rows if row["layer"] == layer], CPU_BARS)]
+    """Each by its worst point: of a CPU layer by layer, of a GPU over all layers."""
+    found: dict[tuple[object, ...], list[tuple[Row, Figure]]] = {}
+    for row in rows:
+        layer = row["layer"] if row["device"] == "cpu" else None
+        for name, at_least, at_most, figure in _said(row):
+            found.setdefault((layer, name, at_least, at_most), []).append((row, figure))
+    made = []
+    for (_, name, at_least, at_most), points in found.items():
+        row, (value, spread) = (max if at_least is None else min)(points, key=lambda pair: pair[1][0])
+        where = f"(r, K) = ({row['rank']}, {row['blocks']}), T={row['tokens']}, {row['workload']} {row['adapters']}"
+        made.append(Bar(f"{name}, worst of {len(points)}: {row['layer']}, {where}", value, at_least, spread, at_most))
+    return made
 
 
-def _decide(rows: Sequence[Row], rules: Sequence[Rule]) -> Iterator[Bar]:
-    for name, figure, at_least, at_most in rules:
-        found = [(row, figured) for row in rows if (figured := figure(row))]
-        if found:
-            row, (value, spread) = (max if at_least is None else min)(found, key=lambda pair: pair[1][0])
-            where = f"(r, K) = ({row['rank']}, {row['blocks']}), T={row['tokens']}, {row['workload']} {row['adapters']}"
-            full_name = f"{name}, worst of {len(found)}: {row['layer']}, {where}"
-            yield Bar(full_name, value, at_least, spread, at_most)
+def _said(row: Row) -> Iterator[tuple[str, float | None, float | None, Figure]]:
+    """What a point has to say to each bar: name, at least, at most, figure."""
+    times, own, tokens, adapters = row["times_us"], _own(row), row["tokens"], row["adapters"]
+    configuration, equal = (row["rank"], row["blocks"]), row["workload"] == EQUAL
+    different = tokens if equal and adapters == tokens else math.inf  # so many tokens, of as many adapters
+    if row["device"] == "cpu":
+        plain = sorted((_median(row, name), name) for name in (EXPAND, MODULATE) if name in times)
+        if plain:
+            better = timing.over(times[plain[0][1]], times[own])
+            yield "the better of plain bmm expand and modulate / delta", 1.0, None, better
+        if DENSE in times and adapters == 8:
+            yield "dense dW per forward / delta", 20.0, None, timing.over(times[DENSE], times[f"{own} beside {DENSE}"])
+        if different <= 64 and configuration == (16, 8):
+            yield "delta / base GEMM", None, 0.6, timing.over(times[own], times[BASE])
+        return
+    if not equal:
+        return
+    total, spread = timing.over(times[SINGLE_PASS if SINGLE_PASS in times else own], times[BASE])
+    apart = 0 if SINGLE_PASS in times else 1  # then the base's own time comes on top
+    whole = (apart + total, (apart + spread[0], apart + spread[1]))
+    if adapters == 0:
+        yield "base and delta / base without adapters", None, 1.01, whole
+    if row["h_in"] * sum(row["slices"]) < 4096 * 4096:
+        return
+    flops = {kind: work["flops"] for kind, work in row["work"].items()}
+    for name in FORCED_WAYS:
+        way = name.removeprefix("triton ")
+        if name in times and tokens >= 32 and flops[way] == min(flops["expand"], flops["modulate"]):
+            share = row["floor_over_time"][name]
+            shares = [share * times[name]["median"] / us for us in times[name]["by_round"].values()]
+            yield f"floor / {way}", 0.70, None, (share, (min(shares), max(shares)))
+    if different <= 16 and configuration == (32, 2):
+        yield "single pass / base at (32, 2)", None, 1.25, whole
+    if different <= 64 and configuration in ((16, 4), (32, 8)):
+        yield "base and delta / base at (16, 4) and (32, 8)", None, 1.15, whole
+    if (tokens, adapters) == (LONG_TOKENS, 1) and row["blocks"] in PREFILL:
+        name = f"base and delta / base, prefill of one adapter, K={row['blocks']}"
+        yield name, None, PREFILL[row["blocks"]], whole
 
 
 def _own(row: Row) -> str:
     return str(row["implementations"][0])
 
 
-def _ratio(row: Row, name: str, other: str) -> Figure:
-    return timing.over(row["times_us"][name], row["times_us"][other])
-
-
-def _better_plain(row: Row) -> Figure | None:
-    found = sorted((_median(row, name), name) for name in (EXPAND, MODULATE) if name in row["times_us"])
-    return _ratio(row, found[0][1], _own(row)) if found else None
-
-
-def _dense(row: Row) -> Figure | None:
-    if DENSE not in row["times_us"] or row["adapters"] != 8:
-        return None
-    return _ratio(row, DENSE, f"{_own(row)} beside {DENSE}")  # from rounds of its own
-
-
-def _thin(row: Row) -> Figure | None:
-    belongs = _all_different(row, 64) and (row["rank"], row["blocks"]) == (16, 8)
-    return _ratio(row, _own(row), BASE) if belongs else None
-
-
-def _floor(way: str) -> Callable[[Row], Figure | None]:
-    """Share of the floor that a forced way reaches where it is the one of fewer FLOPs."""
-
-    def figure(row: Row) -> Figure | None:
-        name, flops = f"triton {way}", {kind: work["flops"] for kind, work in row["work"].items()}
-        if not (name in row["times_us"] and row["workload"] == EQUAL and _large(row) and row["tokens"] >= 32):
-            return None
-        if flops[way] > min(flops["expand"], flops["modulate"]):
-            return None
-        share, times = row["floor_over_time"][name], row["times_us"][name]
-        values = [share * times["median"] / us for us in times["by_round"].values()]
-        return share, (min(values), max(values))
-
-    return figure
-
-
-def _total(belongs: Callable[[Row], bool]) -> Callable[[Row], Figure | None]:
-    """Base and delta over the base: in a single pass where one was measured."""
-
-    def figure(row: Row) -> Figure | None:
-        if row["workload"] != EQUAL or not belongs(row):
-            return None
-        if SINGLE_PASS in row["times_us"]:
-            return _ratio(row, SINGLE_PASS, BASE)
-        ratio, (low, high) = _ratio(row, _own(row), BASE)
-        return 1 + ratio, (1 + low, 1 + high)
-
-    return figure
-
-
-def _all_different(row: Row, most_tokens: int) -> bool:
-    return bool(row["workload"] == EQUAL and row["adapters"] == row["tokens"] <= most_tokens)
-
-
-def _decode(most_tokens: int, *configurations: tuple[int, int]) -> Callable[[Row], bool]:
-    def belongs(row: Row) -> bool:
-        return _all_different(row, most_tokens) and _large(row) and (row["rank"], row["blocks"]) in configurations
-
-    return belongs
-
-
-def _large(row: Row) -> bool:
-    return bool(row["h_in"] * sum(row["slices"]) >= 4096 * 4096)
-
-
-def _prefill(blocks: int) -> Callable[[Row], bool]:
-    return lambda row: _large(row) and (row["tokens"], row["adapters"], row["blocks"]) == (LONG_TOKENS, 1, blocks)
-
-
-CPU_BARS: list[Rule] = [
-    ("the better of plain bmm expand and modulate / delta", _better_plain, 1.0, None),
-    ("dense dW per forward / delta", _dense, 20.0, None),
-    ("delta / base GEMM", _thin, None, 0.6),
-]
-GPU_BARS: list[Rule] = [
-    ("floor / expand", _floor("expand"), 0.70, None),
-    ("floor / modulate", _floor("modulate"), 0.70, None),
-    ("single pass / base at (32, 2)", _total(_decode(16, (32, 2))), None, 1.25),
-    ("base and delta / base at (16, 4) and (32, 8)", _total(_decode(64, (16, 4), (32, 8))), None, 1.15),
-    *((f"base and delta / base, prefill of one adapter, K={blocks}", _total(_prefill(blocks)), None, most)
-      for blocks, most in ((2, 1.6), (4, 1.3), (8, 1.18))),
-    ("base and delta / base without adapters", _total(lambda row: row["adapters"] == 0), None, 1.01),
-]  # fmt: skip
-
-
 def section(rows: Sequence[Row]) -> str:
     points = of_kind(rows, "kernels")
     equal = [row for row in points if row["workload"] == EQUAL]
-    parts = [setup_line(points[-1]), _ceilings_line(points)]
+    parts = [_ceilings_line(points)]
     batches = {(t, n): f"{t:,} of {n if n > 1 else 'one'}" for t, n in BATCHES}
     summary = partial(_pivot, equal, WHAT, batches, lambda row: (row["tokens"], row["adapters"]))
     parts.append("The delta's time over the base GEMM's, layers H_in x H_out:\n\n" + summary(_own))
     if any(SINGLE_PASS in row["over_base"] for row in equal):
-        words = (
-            "Base product and delta in one pass over the weight, over the base GEMM's time (1.00: the delta is free):"
-        )
+        words = "Base product and delta in one pass over the weight, over the base GEMM's time (1.00: a free delta):"
         parts.append(f"{words}\n\n{summary(lambda row: SINGLE_PASS)}")
     for layer in dict.fromkeys(row["layer"] for row in equal):
         here = [row for row in equal if row["layer"] == layer]
@@ -242,7 +193,7 @@ def section(rows: Sequence[Row]) -> str:
         heads = {tokens: f"T={tokens}" for tokens in sorted({row["tokens"] for row in others})}
         kinds = {"(r, K)": WHAT["(r, K)"], "workload": "{workload}"}
         parts.append(f"{words}\n\n{_pivot(others, kinds, heads, lambda row: row['tokens'], _own)}")
-    return "\n\n".join([*parts, bar_table(rows)])
+    return "\n\n".join(parts)
 
 
 def _ceilings_line(rows: Sequence[Row]) -> str:
@@ -252,11 +203,11 @@ def _ceilings_line(rows: Sequence[Row]) -> str:
         speeds.append(" to ".join(dict.fromkeys(words.format(value) for value in (min(values), max(values)))))
     threads = f", {rows[0]['threads']} threads" if rows[0]["device"] == "cpu" else ""
     disturbed = sum(map(_disturbed, rows))
+    ceilings = f"Ceilings measured at the start of each run{threads}: {', '.join(speeds)}."
     noted = (
-        f" The machine had other work: at {disturbed} of {len(rows)} points (†) a thread waited for a core "
-        f"during more than {MOST_WAITING:.0%} of the time."
+        f"At {disturbed} of {len(rows)} points (†) a thread waited for a core more than {MOST_WAITING:.0%} of the time."
     )
-    return f"Ceilings measured at the start of each run{threads}: {', '.join(speeds)}." + (noted if disturbed else "")
+    return f"{ceilings} {noted}" if disturbed else ceilings
 
 
 def _pivot(rows: Iterable[Row], what: Columns, columns: Mapping[Any, str], place: Any, name: Any) -> str:
@@ -267,9 +218,8 @@ def _pivot(rows: Iterable[Row], what: Columns, columns: Mapping[Any, str], place
         line = lines.setdefault(tuple(first.values()), first | dict.fromkeys(columns.values(), "-"))
         if place(row) in columns and name(row) in row["over_base"]:
             line[columns[place(row)]] = f"{row['over_base'][name(row)]:.2f}"
-    return table(
-        {head: lambda line, head=head: line[head] for head in (*what, *columns.values())}, list(lines.values())
-    )
+    cells: dict[str, Any] = {head: lambda line, head=head: line[head] for head in (*what, *columns.values())}
+    return table(cells, list(lines.values()))
 
 
 def _layer_table(rows: Sequence[Row]) -> str:
@@ -281,9 +231,7 @@ def _layer_table(rows: Sequence[Row]) -> str:
 
     columns = {
         "(r, K)": WHAT["(r, K)"],
-        "T, adapters": lambda row: (
-            f"{row['tokens']:,}, {row['adapters'] or 'none'}" + " †" * (row["waiting"] > MOST_WAITING)
-        ),
+        "T, adapters": lambda row: f"{row['tokens']:,}, {row['adapters'] or 'none'}{' †' * _disturbed(row)}",
         **us(BASE),
         **{name: column for name in rows[0]["implementations"] for name, column in us(name).items()},
         "spread": lambda row: " to ".join(_us_words(row["times_us"][own][end]) for end in ("lowest", "highest")),

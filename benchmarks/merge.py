@@ -11,7 +11,7 @@ from benchmarks import hot
 from benchmarks.harness import models
 from benchmarks.harness.bars import Bar, median_bar, ratio_bar
 from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
-from benchmarks.harness.markdown import LOAD, bar_table, load_words, setup_line, table
+from benchmarks.harness.markdown import LOAD, load_words, table
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import Server, ServerProcess, on_gpu, running
@@ -217,7 +217,7 @@ def section(rows: Sequence[Row]) -> str:
     first, what = measured[0], {"traffic": "{traffic}", "hot adapter": "{variant}"}
     rounds = max(len(row["values"]) for row in measured)
     words = f"**{first['model']}**, {load_words(first)}, {first['requests_sent']} requests a repeat, rounds: {rounds}."
-    parts = [setup_line(rows[0]), words, table(what | LOAD, measured)]
+    parts = [words, table(what | LOAD, measured)]
     if paired:
         parts.append(f"Back to back, {len(paired[0]['values'])} pairs each:")
         parts.append(table({**what, "beside": "{beside}", **LOAD}, paired))
@@ -248,7 +248,7 @@ def section(rows: Sequence[Row]) -> str:
         did = {"traffic": "{traffic}", "settled after": "{seconds:.0f} s{not}", "hot adapter then": "{hot}"}
         did["moves"] = lambda row: len(row["moves"])
         parts.append(table(did, [row | {"not": "" if row["settled"] else " (not)"} for row in settled]))
-    return "\n\n".join([*parts, bar_table(rows)])
+    return "\n\n".join(parts)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import learning
 from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import setup_line, table
+from benchmarks.harness.markdown import table
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.learning import METHODS, SHUFFLED, SMOA, Fit, Result
@@ -61,9 +61,8 @@ def measure(plan: Plan, options: Options) -> list[Row]:
         tasks += [("dialect", kind, learning.CHARACTER_RANK, plan.dialect_steps, taught) for kind in learning.DIALECTS]
         for family, kind, rank, steps, task in tasks:
             fit = Fit("", rank, steps=steps, seed=SEARCH_SEED)
-            rows += (
-                {"kind": family, "task": kind, **row} for row in _compare(pool, partial(task, kind), fit, plan.seeds)
-            )
+            found = _compare(pool, partial(task, kind), fit, plan.seeds)
+            rows += ({"kind": family, "task": kind, **row} for row in found)
         untouched = {kind: learning.held_out(learning.character_model(base), kind) for kind in learning.DIALECTS}
     return [*rows, {"kind": "base", "loss_of_its_own_dialect": learnt, **untouched}]
 
@@ -112,7 +111,7 @@ def section(rows: Sequence[Row]) -> str:
     untouched = ", ".join(f"{base[task]:.2f} on “{task}”" for task in learning.DIALECTS)
     words = "seeds that the search did not see; in brackets the learning rate that the search chose."
     parts = [
-        f"{setup_line(rows[0])} Mean ± standard deviation of {seeds} {words}",
+        f"Mean ± standard deviation of {seeds} {words}",
         "### Regression: ‖ΔW − target‖ / ‖target‖",
         _comparison(of_kind(rows, "regression")),
         "### Dialects of a character model: loss on new sentences, nats per character",

@@ -15,7 +15,7 @@ from benchmarks.delta.step import Step
 from benchmarks.harness import models, ops, timing
 from benchmarks.harness.bars import Bar, median_bar, ratio_bar
 from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
-from benchmarks.harness.markdown import LOAD, bar_table, load_words, setup_line, table
+from benchmarks.harness.markdown import LOAD, load_words, setup_line, table
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import FLAGS, Server, running
@@ -137,12 +137,12 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def section(rows: Sequence[Row]) -> str:
-    parts = [setup_line(rows[0])]
+    parts = []
     for model, found in _by_model(rows).items():
         parts.append(f"**{model}**, {load_words(found[0])}\n\n{table({'variant': '{variant}', **LOAD}, found)}")
     what = {f"{ADAPTERS} adapters, all layers, the whole load": "r={rank}, K={num_blocks}"}
     times = {"smoa_delta": "{own_s:.2f} s", "dense dW each forward": "{dense_s:.1f} s"}
-    return "\n\n".join([*parts, table(what | times, of_kind(rows, "delta")), bar_table(rows)])
+    return "\n\n".join([*parts, table(what | times, of_kind(rows, "delta"))])
 
 
 def short_section(rows: Sequence[Row]) -> str:

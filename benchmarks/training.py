@@ -10,17 +10,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import timing
 from benchmarks.harness.bars import Bar, median_bar, ratio_bar
-from benchmarks.harness.markdown import Columns, bar_table, setup_line, table
+from benchmarks.harness.markdown import Columns, table
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
 
@@ -30,19 +29,13 @@ LOSS_TOLERANCE = 1e-4  # relative, float32
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """Total rank r, blocks K, tokens of one step (in sequences of 128), dtype of the base."""
 
     rank: int
     num_blocks: int
     tokens: int
     dtype: str = "float32"
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"r={self.rank} K={self.num_blocks} {self.dtype}"
 
 
 FULL = (Setting(32, 4, 256), Setting(32, 2, 256), Setting(32, 4, 256, "bfloat16"))
@@ -65,10 +58,10 @@ def measure(settings: Sequence[Setting], options: Options) -> list[Row]:
         steps = {variant: make_step(make_model(variant, setting), setting) for variant in VARIANTS}
         times = timing.measure({v: lambda _, step=step: step() for v, step in steps.items()}, 1, CPU, budget)
         del steps
-        plain = replace(setting, rank=1, num_blocks=1)  # the base has no blocks: it is measured once per dtype
+        plain = setting._replace(rank=1, num_blocks=1)  # the base has no blocks: it is measured once per dtype
         row = {
             "kind": "training",
-            "setting": setting.name,
+            "setting": f"r={setting.rank} K={setting.num_blocks} {setting.dtype}",
             "tokens": setting.tokens,
             "times_us": times,
             "step_s": {variant: found["median"] / 1e6 for variant, found in times.items()},
@@ -101,8 +94,7 @@ def section(rows: Sequence[Row]) -> str:
     }
     first = of_kind(rows, "training")[0]
     words = "{tokens} tokens a step; losses of both formulations differ by at most {largest_loss_difference:.0e}."
-    tables = [table(columns, of_kind(rows, "training")), bar_table(rows)]
-    return "\n\n".join([setup_line(first), words.format_map(first), *tables])
+    return f"{words.format_map(first)}\n\n{table(columns, of_kind(rows, 'training'))}"
 
 
 def _adapter_bytes(row: Row, variant: str) -> int:
@@ -113,8 +105,7 @@ def _adapter_bytes(row: Row, variant: str) -> int:
 @cache
 def _peak(variant: str, setting: Setting) -> int:
     """Peak memory in a process of its own, where every freed tensor goes back to the system at once."""
-    sizes = (str(setting.rank), str(setting.num_blocks), str(setting.tokens))
-    command = [sys.executable, "-m", "benchmarks.training", variant, *sizes, setting.dtype]
+    command = [sys.executable, "-m", "benchmarks.training", variant, *map(str, setting)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return int(output.splitlines()[-1])

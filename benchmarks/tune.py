@@ -12,7 +12,7 @@ from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import Step
 from benchmarks.harness import ops, timing
 from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import Columns, setup_line, table
+from benchmarks.harness.markdown import Columns, table
 from benchmarks.harness.ops import CostModel, Way
 from benchmarks.harness.question import Options
 from benchmarks.harness.results import Row, of_kind
@@ -99,7 +99,7 @@ def section(rows: Sequence[Row]) -> str:
         "with resident blocks": "{regret_resident_before:.1%} → {regret_resident_after:.1%}",
         "points": "{points}",
     }
-    return f"{setup_line(rows[0])}\n\n{table(columns, of_kind(rows, 'tuned'))}"
+    return table(columns, of_kind(rows, "tuned"))
 
 
 Sample = tuple[int, int, dict[Way, float]]  # tokens of every adapter, live rank, time of each way

@@ -126,15 +126,17 @@ class Grid:
                     yield Case(layer, rank, blocks, tokens, 64, name)
 
 
-CPU = Grid(("896x4864", "2048x2048", "4096x4096"), long_numel=2048 * 2048 + 1024 * 1024)
-CPU_QUICK = Grid(("896x4864", "2048x2048"), ((16, 4), (16, 8)), (8, 64), (1, 8), (), workloads=False, slots=64)
-GPU = Grid(
-    ("4096x4096", "4096x14336", "14336x4096", "896x4864"),
-    tokens=(1, 8, 16, 32, 64, 256),
-    long_adapters=(1, 8, 64),
-    bare_tokens=(32, 256),
-)
-GPU_QUICK = Grid(
-    ("4096x4096",), tokens=(16, 64), adapters=(1,), long_adapters=(1,), bare_tokens=(64,), workloads=False, slots=64
-)
-GRIDS = {("cpu", False): CPU, ("cpu", True): CPU_QUICK, ("cuda", False): GPU, ("cuda", True): GPU_QUICK}
+# By kind of device, and whether it shall be quick.
+GRIDS = {
+    ("cpu", False): Grid(("896x4864", "2048x2048", "4096x4096"), long_numel=2048 * 2048 + 1024 * 1024),
+    ("cpu", True): Grid(
+        ("896x4864", "2048x2048"), ((16, 4), (16, 8)), (8, 64), (1, 8), (), workloads=False, slots=64
+    ),
+    ("cuda", False): Grid(
+        ("4096x4096", "4096x14336", "14336x4096", "896x4864"), tokens=(1, 8, 16, 32, 64, 256),
+        long_adapters=(1, 8, 64), bare_tokens=(32, 256),
+    ),
+    ("cuda", True): Grid(
+        ("4096x4096",), tokens=(16, 64), adapters=(1,), long_adapters=(1,), bare_tokens=(64,), workloads=False, slots=64
+    ),
+}  # fmt: skip

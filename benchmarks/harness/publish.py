@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from benchmarks.harness.machine import DEVICE_CLASSES
-from benchmarks.harness.markdown import bar_of, table, with_section
+from benchmarks.harness.markdown import bar_of, bar_table, setup_line, table, with_section
 from benchmarks.harness.question import QUESTIONS, question
 from benchmarks.harness.results import ROOT, Row, newest, of_kind
 
@@ -38,9 +38,15 @@ def pages(root: Path) -> dict[Path, str]:
     )
     for what, by_class in found.items():
         parts = [f"# {what}", str(question(what).__doc__).partition("\n\n")[0], f"{words}(../../docs/performance.md)."]
-        parts += [f"## {name}\n\n{question(what).section(rows)}" for name, rows in by_class.items()]
+        parts += [f"## {name}\n\n{page(what, rows)}" for name, rows in by_class.items()]
         written[root / "benchmarks" / "results" / f"{what}.md"] = "\n\n".join(parts) + "\n"
     return written
+
+
+def page(what: str, rows: list[Row]) -> str:
+    """One run: the setup, the question's own tables, the bars."""
+    bars = bar_table(rows) if of_kind(rows, "bar") else ""
+    return f"{setup_line(rows[0])}\n\n{question(what).section(rows)}\n\n{bars}".rstrip()
 
 
 def side_by_side(found: dict[str, dict[str, list[Row]]]) -> str:

@@ -13,7 +13,7 @@ from benchmarks import serving
 from benchmarks.harness import publish
 from benchmarks.harness.bars import Bar, ratio_bar
 from benchmarks.harness.machine import device_class, facts
-from benchmarks.harness.markdown import bar_table, setup_line, with_section
+from benchmarks.harness.markdown import setup_line, with_section
 from benchmarks.harness.models import Shape, random_base, random_lora, random_smoa
 from benchmarks.harness.question import QUESTIONS, question
 from benchmarks.harness.results import newest
@@ -102,7 +102,7 @@ def test_the_exit_code_says_whether_a_bar_was_missed(
 ) -> None:
     monkeypatch.setattr(serving, "measure", lambda cases, options: [{"kind": "serving", "tokens_per_s": 1.0}])
     monkeypatch.setattr(serving, "bars", lambda rows: [Bar("thing", figure, 0.5, (figure, figure))])
-    monkeypatch.setattr(serving, "section", bar_table)
+    monkeypatch.setattr(serving, "section", lambda rows: "")
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     file = tmp_path / "out.jsonl"
     assert program.main(["serving", "--quick", "--json", str(file)]) == code

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import learning, method
 from benchmarks.harness.machine import facts
+from benchmarks.harness.publish import page
 from benchmarks.learning import DORA, H_IN, H_OUT, HIRA, LORA, METHODS, REGRESSION_RANK, SHUFFLED, SMOA, Fit, adapt
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -96,7 +97,7 @@ def made_up_rows() -> list[dict[str, Any]]:
 
 
 def test_a_result_has_its_tables() -> None:
-    text = method.section(made_up_rows())
+    text = page("method", made_up_rows())
     assert f"| {SMOA} | 7 | 0.230 ± 0.100 (0.1) |" in text
     assert "0.0100 lower on average, better in 2 of 2 seeds" in text
     assert all(f"| {name} | 50% | 25% | 75% | 25% | 25% |" in text for name in METHODS)

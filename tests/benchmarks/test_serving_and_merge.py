@@ -13,6 +13,7 @@ from benchmarks import hot, merge, serving
 from benchmarks.harness.load import Load, Repeat, figures
 from benchmarks.harness.machine import facts
 from benchmarks.harness.models import Shape, random_base, random_lora, random_smoa
+from benchmarks.harness.publish import page
 from benchmarks.hot import Place
 from smoa_serve.adapters import load_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
@@ -198,7 +199,7 @@ def test_a_merge_result_has_its_tables() -> None:
         {"kind": "policy", "traffic": "90% hot", "seconds": 12.3, "settled": True, "moves": ["a", "b"], "hot": "slot"},
         {"kind": "policy", "traffic": "90% hot", "seconds": 90.0, "settled": False, "moves": [], "hot": "merged"},
     ]  # fmt: skip
-    text = merge.section([json.loads(json.dumps(shared | line)) for line in lines])
+    text = page("merge", [json.loads(json.dumps(shared | line)) for line in lines])
     assert "| 90% hot | slot | 10.0 |" in text
     assert "| 90% hot | automatic policy | slot | 11.0 |" in text
     assert "| 1 | 9.0 | 12.0 | 25.0 (20.0 to 30.0) | 11.0 (11.0 to 11.0) | 1.5 s |" in text
