@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks <what>`."""
+"""Measurements: `python -m benchmarks QUESTION`."""

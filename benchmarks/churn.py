@@ -1,38 +1,27 @@
-"""Whether memory holds under churn: adapters loaded, replaced, moved, evicted and unloaded without end, every answer
+"""Does memory hold under churn? Adapters loaded, replaced, moved, evicted and unloaded without end, every answer
 compared."""
 
 import asyncio
-import json
 import random
-import shutil
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
-from smoa_kernels.testing import random_blocks
 
-from benchmarks.bars import Bar
-from benchmarks.fleet import ENVIRONMENT
-from benchmarks.random_models import Shape, random_base
-from smoa_serve.adapters import write_portable
-from smoa_serve.adapters.model import Adapter, AdapterKind, ModuleUpdate, OrderStatus
-from smoa_serve.base.checkpoint import BaseCheckpoint
-from smoa_serve.base.orders import cache_root
-from smoa_serve.base.spectral import even_ranks
+from benchmarks.harness.bars import Bar
+from benchmarks.harness.markdown import table
+from benchmarks.harness.models import testing
+from benchmarks.harness.question import Options
+from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness.servers import Server, running
 from smoa_serve.errors import SmoaError
-from smoa_serve.testing import ServerProcess
 
-TINY = Shape("churn", 64, 2, 2, 1, 160, 512)
 KINDS = ("smoa", "smoa", "hira", "lora")
 CONTENTS = 24
 WORKERS, NAMES = 4, 3  # names of each worker
@@ -40,77 +29,34 @@ SLOTS, HOST = 4, 6  # fewer than names: adapters are evicted from both all the t
 TOKENS = 6
 PROMPTS = tuple(tuple(20 + 3 * place % 100 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
-GROWTH = 0.02
+WARM_UP = 500  # operations
 LIMIT_S = 3600.0
+Answer = list[tuple[str, float, float]]  # per token: text, logprob, distance of the best two
 
 
 class ChurnError(SmoaError):
     """An answer was wrong, or the server refused what it has to do."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A greedy completion: token texts, the logprob of each, the distance of the best two."""
-
-    tokens: tuple[str, ...]
-    logprobs: tuple[float, ...]
-    margins: tuple[float, ...]
-
-    def is_close(self, other: "Answer") -> bool:
-        """Whether they are the same up to rounding; after a near tie they may part."""
-        for place, token in enumerate(self.tokens):
-            if token != other.tokens[place]:
-                return other.margins[place] < NEAR_TIE
-            if abs(self.logprobs[place] - other.logprobs[place]) > TOLERANCE:
-                return False
-        return True
-
-
-@dataclass
-class Sample:
-    """Memory at one moment.
-
-    Attributes:
-        operations: so far.
-        anon_kib: anonymous memory by process title; pages of files are shared with whoever reads them.
-        metrics_bytes: size of /metrics; lora_series: series of vllm:lora_requests_info in it.
-        status: the memory fields of the first worker's `smoa_status`, empty where the server does not show them.
-    """
-
-    operations: int
-    anon_kib: dict[str, int]
-    metrics_bytes: int
-    lora_series: int
-    status: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def total_kib(self) -> int:
-        """Of all processes."""
-        return sum(self.anon_kib.values())
+def is_close(one: Answer, other: Answer) -> bool:
+    """Whether two greedy completions are the same up to rounding; after a near tie they may part."""
+    for (token, logprob, _), (again, logprob_again, margin) in zip(one, other, strict=True):
+        if token != again:
+            return margin < NEAR_TIE
+        if abs(logprob - logprob_again) > TOLERANCE:
+            return False
+    return True
 
 
 class Churn:
     """Operations and requests against one server, whose names each belong to one task, so that it is always known what
-    a name means.
-
-    Args:
-        client: with the server's address and headers.
-        contents: adapter folders that the server may load.
-        movable: of each, whether it can be resident or merged.
-        seed: of all choices.
-        prefix: of the names.
-
-    Attributes:
-        operations, requests: so far; wrong: what did not answer as it should.
-        done: kind of operation -> how many.
-    """
+    a name means. `movable` says of each content whether it can be resident or merged."""
 
     def __init__(
-        self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], seed: int = 0,
-        prefix: str = "churn",
-    ) -> None:  # fmt: skip
+        self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], prefix: str = "churn"
+    ) -> None:
         self._client, self._contents, self._movable, self._prefix = client, contents, movable, prefix
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._answers: list[list[Answer]] = []
         self.operations = self.requests = 0
         self.wrong: list[str] = []
@@ -124,77 +70,67 @@ class Churn:
             self._answers.append([await self._ask(name, prompt) for prompt in PROMPTS])
             await self._post("/v1/unload_lora_adapter", {"lora_name": name})
             for other, answers in enumerate(self._answers[:-1]):
-                if answers[0].is_close(self._answers[-1][0]):
+                if is_close(answers[0], self._answers[-1][0]):
                     raise ChurnError(f"contents {path} and {self._contents[other]} answer alike; make them stronger")
 
     async def run(
         self, operations: int, look: Callable[[int], None] | None = None, every: int = 100, limit_s: float = LIMIT_S
     ) -> None:
-        """So many operations, and requests beside them.
-
-        Args:
-            operations: how many more; limit_s: or as many as take so long.
-            look: called with the number of operations.
-            every: so many of them.
-        """
+        """So many operations (or as many as take so long), and requests beside them; `look` gets their number every so
+        many of them."""
         end, watched = self.operations + operations, self.operations + every
         deadline = time.monotonic() + limit_s
 
         async def work(worker: int) -> None:
             nonlocal watched
-            state = _Names([f"{self._prefix}-{worker}-{index}" for index in range(NAMES)])
+            names = [f"{self._prefix}-{worker}-{index}" for index in range(NAMES)]
+            loaded: dict[str, int] = {}  # what a name means
+            merged: str | None = None
             while self.operations < end and time.monotonic() < deadline and not self.wrong:
-                await self._operate(worker, state)
+                name = merged or self._random.choice(names)
+                merged = await self._operate(name, loaded, may_merge=worker == 0, is_merged=name == merged)
                 self.operations += 1
-                for name in self._random.sample(sorted(state.loaded), k=min(2, len(state.loaded))):
-                    await self._check(name, state.loaded[name])
+                for name in self._random.sample(sorted(loaded), k=min(2, len(loaded))):
+                    index = self._random.randrange(len(PROMPTS))
+                    found, expected = await self._ask(name, PROMPTS[index]), self._answers[loaded[name]][index]
+                    if not is_close(found, expected):
+                        self.wrong.append(f"{name}: {found} instead of {expected}")
                 if look is not None and self.operations >= watched:
                     watched += every
                     look(self.operations)
-            for name in list(state.loaded):
+            for name in loaded:
                 await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
         async with asyncio.TaskGroup() as group:
             for worker in range(WORKERS):
                 group.create_task(work(worker))
 
-    async def _operate(self, worker: int, state: "_Names") -> None:
-        name = state.merged or self._random.choice(state.names)
-        content = state.loaded.get(name)
-        if content is None:
+    async def _operate(self, name: str, loaded: dict[str, int], *, may_merge: bool, is_merged: bool) -> str | None:
+        """Do something to a name; returns it where it is merged then."""
+        if name not in loaded:
             what = "load"
-        elif state.merged:
+        elif is_merged:
             what = self._random.choice(("unmerge", "unmerge", "replace", "unload"))
         else:
-            moves = ("resident", "slot", *(("merge",) if worker == 0 else ())) if self._movable[content] else ()
+            moves = ("resident", "slot", *(("merge",) if may_merge else ())) if self._movable[loaded[name]] else ()
             what = self._random.choice(("replace", "replace", "unload", "unload", *moves))
         self.done[what] += 1
-        match what:
-            case "load" | "replace":
-                new = self._random.randrange(len(self._contents))
-                await self._load(name, new, in_place=what == "replace")
-                state.loaded[name], state.merged = new, None
-            case "unload":
-                await self._post("/v1/unload_lora_adapter", {"lora_name": name})
-                del state.loaded[name]
-                state.merged = None
-            case "merge":
-                policy = self._random.choice(("compensate", "exclusive"))
-                if await self._move(name, "merge", {"policy": policy}):
-                    state.merged = name
-            case _:
-                await self._move(name, what, {})
-                state.merged = None
-
-    async def _move(self, name: str, target: str, options: Mapping[str, Any]) -> bool:
-        """Whether it was moved: one that is evicted meanwhile is refused, and stays what it was."""
-        response = await self._client.post(f"/v1/smoa/adapters/{name}/{target}", json=options)
-        if response.status_code == httpx.codes.CONFLICT:
-            self.done[f"{target} refused"] += 1
-            return False
-        if not response.is_success:
-            raise ChurnError(f"{target} {name}: {response.status_code}: {response.text[:500]}")
-        return True
+        if what == "unload":
+            await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            del loaded[name]
+        elif what in ("load", "replace"):
+            loaded[name] = self._random.randrange(len(self._contents))
+            await self._load(name, loaded[name], in_place=what == "replace")
+        else:
+            options = {"policy": self._random.choice(("compensate", "exclusive"))} if what == "merge" else {}
+            response = await self._client.post(f"/v1/smoa/adapters/{name}/{what}", json=options)
+            if response.status_code == httpx.codes.CONFLICT:  # evicted meanwhile: it stays what it was
+                self.done[f"{what} refused"] += 1
+                return None
+            if not response.is_success:
+                raise ChurnError(f"{what} {name}: {response.status_code}: {response.text[:500]}")
+            return name if what == "merge" else None
+        return None
 
     async def _load(self, name: str, content: int, *, in_place: bool) -> None:
         body = {"lora_name": name, "lora_path": str(self._contents[content]), "load_inplace": in_place}
@@ -206,29 +142,14 @@ class Churn:
             raise ChurnError(f"POST {path} {body}: {response.status_code}: {response.text[:500]}")
         return response
 
-    async def _check(self, name: str, content: int) -> None:
-        index = self._random.randrange(len(PROMPTS))
-        found = await self._ask(name, PROMPTS[index])
-        if not found.is_close(self._answers[content][index]):
-            self.wrong.append(f"{name}: {found} instead of {self._answers[content][index]}")
-
     async def _ask(self, name: str, prompt: Sequence[int]) -> Answer:
         body = {"model": name, "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "logprobs": 2}
         response = await self._post("/v1/completions", body | {"ignore_eos": True, "return_tokens_as_token_ids": True})
         self.requests += 1
-        logprobs = response.json()["choices"][0]["logprobs"]
-        best = [sorted(top.values(), reverse=True) for top in logprobs["top_logprobs"]]
-        margins = tuple(top[0] - top[1] for top in best)
-        return Answer(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]), margins)
-
-
-@dataclass
-class _Names:
-    """What one task's names mean: name -> content; which of them is merged."""
-
-    names: list[str]
-    loaded: dict[str, int] = field(default_factory=dict)
-    merged: str | None = None
+        found = response.json()["choices"][0]["logprobs"]
+        best = [sorted(top.values(), reverse=True) for top in found["top_logprobs"]]
+        margins = [top[0] - top[1] for top in best]
+        return list(zip(found["tokens"], found["token_logprobs"], margins, strict=True))
 
 
 def anon_kib(session: int) -> dict[str, int]:
@@ -245,161 +166,99 @@ def anon_kib(session: int) -> dict[str, int]:
     return found
 
 
-def sample(session: int, client: httpx.Client, operations: int) -> Sample:
-    """Look at a server.
-
-    Args:
-        session: process id of its first process.
-        client: with its address and headers.
-        operations: so far.
-    """
+def sample(session: int, client: httpx.Client, operations: int) -> Row:
+    """Look at a server: anonymous memory by process title (pages of files are shared with whoever reads them), what
+    /metrics holds, the memory fields of the first worker's `smoa_status`."""
     text = client.get("/metrics").raise_for_status().text
     series = sum(line.startswith("vllm:lora_requests_info{") for line in text.splitlines())
     answer = client.post("/collective_rpc", json={"method": "smoa_status"})
     status = answer.json()["results"][0] if answer.is_success else {}
     kept = ("partition_bytes", "partitions", "host_bytes", "contents", "tokens")
-    return Sample(operations, anon_kib(session), len(text), series, {key: status[key] for key in kept if key in status})
+    sizes = anon_kib(session)
+    row = {"kind": "sample", "operations": operations, "anon_kib": sizes, "total_kib": sum(sizes.values())}
+    row |= {"metrics_bytes": len(text), "lora_series": series}
+    return row | {"status": {key: status[key] for key in kept if key in status}}
 
 
-def make_contents(base_dir: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
+def make_contents(base: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
     """Random adapters of all kinds with updates about as large as the weights, and which of them can be moved."""
-    base = BaseCheckpoint.open(base_dir)
-    modules = [name for name in base.linear_modules if name.endswith("_proj")]
     kinds = [KINDS[index % len(KINDS)] for index in range(count)]
     paths = [folder / f"{kind}-{index}" for index, kind in enumerate(kinds)]
     for index, (kind, path) in enumerate(zip(kinds, paths, strict=True)):
-        generator = torch.Generator().manual_seed(index)
-        if kind == "lora":
-            _write_lora(base, modules, generator, path)
-        else:
-            _write_smoa(base, modules, generator, path, 1 if kind == "hira" else 2 + index % 3)
+        testing.random_adapter(path, base, kind=kind, ranks=(4,) * (2 + index % 3 if kind == "smoa" else 1), seed=index)
     return paths, [kind != "lora" for kind in kinds]
 
 
-def _write_smoa(
-    base: BaseCheckpoint, modules: Sequence[str], generator: torch.Generator, out: Path, num_blocks: int
-) -> None:
-    rank = 4 * num_blocks
-    ranks = even_ranks(rank, num_blocks)
-    updates = {}
-    for name in modules:
-        rows, cols = base.shape(name)
-        a, b = torch.randn(4, cols, generator=generator), torch.randn(rows, 4, generator=generator) / 2
-        ids = [random_blocks(size, num_blocks, generator) for size in (rows, cols)]
-        updates[name] = ModuleUpdate(a, b, *ids, ranks, 1.0, base.fingerprint(name))
-    kind, order = AdapterKind.SMOA, OrderStatus.RECORDED
-    if num_blocks == 1:
-        kind, order = AdapterKind.HIRA, OrderStatus.NOT_NEEDED
-    write_portable(Adapter(kind, updates, rank, num_blocks, float(rank), order), out)
-
-
-def _write_lora(base: BaseCheckpoint, modules: Sequence[str], generator: torch.Generator, out: Path) -> None:
-    tensors = {}
-    for name in modules:
-        rows, cols = base.shape(name)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, cols, generator=generator) * 0.1
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
-    out.mkdir(parents=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.rpartition(".")[2] for name in modules})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": targets, "bias": "none"}
-    (out / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def growth(samples: Sequence[Sample], warm_up: int) -> float:
+def growth(samples: Sequence[Row], warm_up: int) -> float:
     """Share by which memory grew: the median of the last fifth against that of the first fifth after the warm-up."""
-    sizes = [one.total_kib for one in samples if one.operations > warm_up]
+    sizes = [row["total_kib"] for row in samples if row["operations"] > warm_up]
     part = max(1, len(sizes) // 5)
     return statistics.median(sizes[-part:]) / statistics.median(sizes[:part]) - 1
 
 
-def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    """10,000 operations, or 1,500.
+def cases(options: Options) -> tuple[int, int]:
+    return (1500, 50) if options.quick else (10_500, 100)
 
-    Returns:
-        Rows for the results, and the bars.
+
+def measure(case: tuple[int, int], options: Options) -> list[Row]:
+    """A row per look at the server, and one of the whole run.
+
+    Raises:
+        ChurnError: an answer was wrong, or something was refused.
     """
-    operations, warm_up, every = (1500, 500, 50) if quick else (10_500, 500, 100)
-    console = Console(stderr=True)
-    folder = Path(tempfile.mkdtemp(prefix="smoa-churn-"))
-    try:
-        base = _loud_base(folder / "base")
+    operations, every = case
+    samples: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="smoa-churn-") as name:
+        folder = Path(name)
+        base = testing.random_base(folder / "churn" / "base")
         contents, movable = make_contents(base, folder / "adapters")
-        samples, churn = _serve(base, folder, contents, movable, operations, every, console)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        flags = ["--adapters-root", str(folder / "adapters"), "--dtype", "float32", "--enforce-eager"]
+        # Pages of the KV cache count once they were used: few blocks, or it grows for as long as there are fresh ones.
+        flags += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enable-lora"]
+        flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8"]
+        environment = {"OMP_NUM_THREADS": "1", "SMOA_STORE_DIR": str(folder / "store")}
+        environment |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60", "VLLM_SERVER_DEV_MODE": "1"}  # for the workers' accounts
+        with running(base, [Server("churn", True, {}, tuple(flags), environment)]) as servers:
+            server = servers["churn"]
+
+            def look(done: int) -> None:
+                with httpx.Client(base_url=server.url, timeout=120) as watcher:
+                    samples.append(sample(server.process.pid, watcher, done))
+                if done % (10 * every) < every:
+                    print(f"{done} operations: {samples[-1]['total_kib'] / 1024:.1f} MiB {samples[-1]['anon_kib']}")
+
+            async def churn_on() -> Churn:
+                limits = httpx.Limits(max_connections=WORKERS)
+                async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+                    churn = Churn(client, contents, movable)
+                    await churn.learn()
+                    await churn.run(operations, look, every)
+                    return churn
+
+            churn = asyncio.run(churn_on())
     if churn.wrong:
         raise ChurnError(f"after {churn.operations} operations: {churn.wrong[0]}")
-    grown = growth(samples, warm_up)
-    rows: list[dict[str, object]] = [{"kind": "sample", **vars(one), "total_kib": one.total_kib} for one in samples]
-    rows.append(
-        {
-            "kind": "churn",
-            "operations": churn.operations,
-            "requests": churn.requests,
-            "done": dict(churn.done),
-            "wrong": len(churn.wrong),
-            "growth": round(grown, 5),
-        }
-    )
-    sizes = [one.total_kib / 1024 for one in samples if one.operations > warm_up]
-    most = max(one.lora_series for one in samples)
-    return rows, [
-        Bar("memory of all processes after against before, share", grown, None, (min(sizes), max(sizes)), GROWTH),
+    counts = {"operations": churn.operations, "requests": churn.requests, "done": dict(churn.done), "wrong": 0}
+    return [*samples, {"kind": "churn", **counts, "growth": round(growth(samples, WARM_UP), 5)}]
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
+    sizes = [row["total_kib"] / 1024 for row in samples if row["operations"] > WARM_UP]
+    name = "memory of all processes after against before, share"
+    most = max(row["lora_series"] for row in samples)
+    return [
+        Bar(name, whole["growth"], None, (min(sizes), max(sizes)), 0.02),
         Bar("series of vllm:lora_requests_info", most, None, (0, most), 1),
     ]
 
 
-def _loud_base(out: Path) -> Path:
-    """A random base whose logits are far enough apart for answers to be told apart."""
-    shutil.copytree(random_base(TINY), out)
-    tensors = load_file(out / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 20
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
-
-
-def _serve(
-    base: Path,
-    folder: Path,
-    contents: Sequence[Path],
-    movable: Sequence[bool],
-    operations: int,
-    every: int,
-    console: Console,
-) -> tuple[list[Sample], Churn]:
-    flags = ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-    # Pages of the KV cache count once they were used: few blocks, or it would grow for as long as there are fresh ones.
-    flags += ["--num-gpu-blocks-override", "64"]
-    flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8", "--enable-lora"]
-    flags += ["--adapters-root", str(folder / "adapters")]
-    environment = ENVIRONMENT | {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # for the workers' own accounts
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
-        "SMOA_STORE_DIR": str(folder / "store"),
-    }
-    samples: list[Sample] = []
-    logs = cache_root() / "benchmarks" / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with (
-        ServerProcess(base, *flags, log_file=logs / "churn.log", environment=environment) as server,
-        httpx.Client(base_url=server.url, timeout=120) as watcher,
-    ):
-
-        def look(done: int) -> None:
-            samples.append(sample(server.process.pid, watcher, done))
-            if done % (10 * every) < every:
-                now = samples[-1]
-                mib = {name: size // 1024 for name, size in now.anon_kib.items()}
-                console.print(f"{done} operations: {now.total_kib / 1024:.1f} MiB {mib}", highlight=False)
-
-        async def churn_on() -> Churn:
-            limits = httpx.Limits(max_connections=WORKERS)
-            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-                churn = Churn(client, contents, movable)
-                await churn.learn()
-                await churn.run(operations, look, every)
-                return churn
-
-        return samples, asyncio.run(churn_on())
+def section(rows: Sequence[Row]) -> str:
+    (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
+    done = ", ".join(f"{name} {count:,}" for name, count in whole["done"].items())
+    words = (
+        f"{whole['operations']:,} operations ({done}), {whole['requests']:,} requests, {whole['wrong']} wrong answers."
+    )
+    memory = {"operations": "{operations:,}", "memory, MiB": lambda row: f"{row['total_kib'] / 1024:.1f}"}
+    some = [*samples[:: max(1, len(samples) // 10)], samples[-1]]
+    return f"{words}\n\n{table(memory, some)}"

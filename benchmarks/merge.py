@@ -1,36 +1,37 @@
-"""A hot adapter in its slot, resident, merged, and moved by the automatic policy, beside base and vLLM's LoRA."""
+"""What does merging a hot adapter gain? In its slot, resident, merged, moved by the policy; beside base and LoRA."""
 
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.bars import Bar, ratio_bar
-from benchmarks.fleet import Load, Repeat, Server, figures, on_gpu, one_repeat, running, speeds
-from benchmarks.policy_pairs import LOOK_S, POLICY, Pairs, policy_pairs
-from benchmarks.random_models import QWEN_05B_QUICK, QWEN_05B_THIRD, random_base, random_lora, random_smoa
-from benchmarks.residence import Hot, Place, difference, scores
-from benchmarks.stall import measure_stalls
-from benchmarks.traffic import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Traffic
-from smoa_serve.cli.loadgen import Job, make_jobs
+from benchmarks import hot
+from benchmarks.harness import models
+from benchmarks.harness.bars import Bar, median_bar, ratio_bar
+from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
+from benchmarks.harness.markdown import LOAD, load_words, table
+from benchmarks.harness.question import Options
+from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness.servers import Server, ServerProcess, on_gpu, running
+from benchmarks.hot import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Hot, Place, Traffic
+from smoa_serve.cli.loadgen import make_jobs
 from smoa_serve.errors import SmoaError
-from smoa_serve.testing import ServerProcess
 
 RANK, NUM_BLOCKS = 16, 4
 LORA_RANK = RANK // NUM_BLOCKS  # equally many parameters
 ADAPTERS = 64
 SMOA, SECOND, LORA = "vLLM with smoa-serve", "another with smoa-serve", "vLLM with LoRA"
-BASE_ONLY = "base only"
+BASE_ONLY, POLICY, MERGED = "base only", "automatic policy", str(Place.COMPENSATE)
 HOT = "smoa-0"
 # Nats. The tests compare in float32; in bfloat16 the two ways round differently, a wrong weight is off by far more.
 CLOSE = 0.1
-Results = dict[tuple[str, str], list[Repeat]]  # (traffic, variant)
+PAIRED = {ALONE: 0.99, HOT_90: 0.93}  # bars, merged over base only
+STREAM_TOKENS = 900  # of a stream whose stalls are measured: room for two merges
+# vLLM's workers poll for a second after their last step, and would take a core from the next server.
+POLLING_S = 1.1
+Ask = Callable[[Traffic, str, int], Repeat]  # (traffic, variant, seed) → one repeat
 
 
 class ParityError(SmoaError):
@@ -39,228 +40,216 @@ class ParityError(SmoaError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        load: of one repeat of one variant; requests: in it.
-        rounds: repeats.
-        traffics: with which traffic.
-        lora: traffics in which vLLM's LoRA takes part.
-        run_in_s: the longest that the automatic policy gets to settle.
-        cycles: merges and un-merges whose stalls are measured.
-        pairs: repeats back to back, of base and merged adapter, and of policy and best fixed choice; an even number.
-    """
-
+    shape: models.Shape
     load: Load
-    requests: int
+    requests: int  # of one repeat
     rounds: int
     traffics: tuple[Traffic, ...]
-    lora: tuple[Traffic, ...]
-    run_in_s: float
-    cycles: int
-    pairs: int
+    lora: tuple[Traffic, ...]  # those in which vLLM's LoRA takes part
+    run_in_s: float  # the longest that the automatic policy gets to settle
+    cycles: int  # merges and un-merges whose stalls are measured
+    pairs: int  # back to back, of base and merged adapter, and of policy and best fixed choice; an even number
+
+    def variants(self) -> list[tuple[Traffic, str]]:
+        """What a round measures."""
+        return [
+            (traffic, str(variant))
+            for traffic in self.traffics
+            for variant in (BASE_ONLY, *Place, *([LORA] if traffic in self.lora else []))
+        ]
+
+    def ask(self, server: ServerProcess, traffic: Traffic, variant: str, seed: int) -> Repeat:
+        """One repeat; every variant gets the same prompts in the same order."""
+        name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
+        asked = [name.format(adapter) for adapter in traffic.adapters(self.requests, ADAPTERS, seed)]
+        jobs = make_jobs(asked, self.requests, self.load.input_tokens, self.load.output_tokens, seed)
+        return one_repeat(server, jobs, self.load.streams)
 
 
-FULL = Plan(Load(16, 64, 32), 20, 4, (ALONE, HOT_90, HOT_50, HOT_20, ZIPF), (HOT_90, ZIPF), 90.0, 4, 20)
-QUICK = Plan(Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2, 4)
-PAIRED = {ALONE: 0.99, HOT_90: 0.93}  # bars, merged over base only
-POLICY_AT_LEAST = 0.97
-STREAM_TOKENS = 900  # of a stream whose stalls are measured: room for two merges
-# vLLM's workers poll for a second after their last step, and would take a core from the next server.
-POLLING_S = 1.1
+QUICK = Plan(models.QWEN_05B_QUICK, Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2, 4)
+ALL_TRAFFICS = (ALONE, HOT_90, HOT_50, HOT_20, ZIPF)
+FULL = Plan(models.QWEN_05B_THIRD, Load(16, 64, 32), 20, 4, ALL_TRAFFICS, (HOT_90, ZIPF), 90.0, 4, 20)
 
 
-def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    """Measure everything.
+def cases(options: Options) -> Plan:
+    return QUICK if options.quick else FULL
 
-    Args:
-        quick: fewer layers, shorter load, less traffic; the same bars.
 
-    Returns:
-        Rows for JSON, and the bars.
+def measure(plan: Plan, options: Options) -> list[Row]:
+    """The gate, stalls, pairs of base and merged, rounds of all variants, pairs of policy and best fixed choice.
 
     Raises:
         ParityError: something answers differently when the hot adapter is merged.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    plan, shape = (QUICK, QWEN_05B_QUICK) if quick else (FULL, QWEN_05B_THIRD)
-    base = random_base(shape)
-    with running(base, _servers(base), console) as servers:
-        url = servers[SMOA].url
-        hot = Hot(url, HOT)
-        rows = _parity(url, hot, console)
-        stalls, bars = _stalls(url, hot, plan)
-        rows += stalls
-        pairs = _pairs(servers, hot, plan, console)
-        results = _measure(servers, hot, plan, console)
-        hots = (hot, Hot(servers[SECOND].url, HOT))
-        best = {traffic: _best(results, traffic) for traffic in plan.traffics}
-        ask = partial(_ask_policy, servers, plan)
-        policy, settled = policy_pairs(hots, best, ask, plan.pairs, plan.run_in_s, console)
-    console.print(_table(shape.name, plan, results))
-    shared = {"load": asdict(plan.load), "requests_sent": plan.requests}
-    rows += [
-        {"kind": "merging", "traffic": traffic, "variant": variant, **shared, **figures(found)}
-        for (traffic, variant), found in results.items()
-    ]
-    rows += [
-        {"kind": "pairs", "traffic": traffic, "variant": variant, "beside": beside, **shared, **figures(found)}
-        for traffic, variant, beside, found in _paired(pairs, policy)
-    ]
-    rows += [{"kind": "policy", **asdict(one)} for one in settled]
-    return [{"model": shape.name, **row} for row in rows], _pair_bars(pairs) + _policy_bars(policy) + bars
+    base = models.random_base(plan.shape)
+    with running(base, _servers(base)) as servers:
+        hots = [Hot(servers[name].url, HOT) for name in (SMOA, SECOND)]
+        rows = list(_parity(hots[0]))
+        for asked in (("base",), ("base", HOT, "smoa-1", "smoa-2")):
+            row = {"kind": "stall", "streams": len(asked)}
+            rows.append(row | hot.stalls(hots[0], asked, STREAM_TOKENS, plan.cycles))
+        ask = partial(_ask, plan, servers, hots[0])
+        asks = [partial(plan.ask, servers[name]) for name in (SMOA, SECOND)]
+        rows += pairs(hots[0], plan.pairs, asks[0])
+        rounds = take_turns(plan.variants(), plan.rounds, lambda variant, seed: ask(*variant, seed))
+        rows += [_load_row("merging", traffic, variant, found) for (traffic, variant), found in rounds.items()]
+        best = {traffic: best_place(rounds, traffic) for traffic in plan.traffics}
+        rows += policy_pairs(hots, best, asks, plan.pairs, plan.run_in_s)
+    shared = {"model": plan.shape.name, "load": asdict(plan.load), "requests_sent": plan.requests}
+    return [shared | row for row in rows]
 
 
-def _paired(pairs: Results, policy: Mapping[Traffic, Pairs]) -> Iterator[tuple[str, str, str, list[Repeat]]]:
-    """(traffic, variant, beside which, repeats)"""
-    merged = str(Place.COMPENSATE)
-    for (traffic, variant), found in pairs.items():
-        yield traffic, variant, BASE_ONLY if variant == merged else merged, found
-    for kind, mine in policy.items():
-        yield kind.name, POLICY, str(mine.fixed), mine.policy
-        yield kind.name, str(mine.fixed), POLICY, mine.other
+def _load_row(kind: str, traffic: Traffic, variant: str, found: Sequence[Repeat], **more: str) -> Row:
+    return {"kind": kind, "traffic": traffic.name, "variant": variant, **more, **figures(found)}
 
 
 def _servers(base: Path) -> list[Server]:
-    smoa = {f"smoa-{i}": random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
-    lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
-    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(LOOK_S)}
-    alike = [Server(name, True, smoa, (), automatic) for name in (SMOA, SECOND)]
+    smoa = {f"smoa-{i}": models.random_smoa(base, RANK, NUM_BLOCKS, i) for i in range(ADAPTERS)}
+    lora = {f"lora-{i}": models.random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
+    automatic = {"SMOA_AUTO_MERGE": "1", "SMOA_AUTO_RESIDENT": "1", "SMOA_POLICY_INTERVAL_S": str(hot.LOOK_S)}
+    alike = [Server(name, True, smoa, environment=automatic) for name in (SMOA, SECOND)]
     return [*alike, Server(LORA, False, lora)]
 
 
-def _parity(url: str, hot: Hot, console: Console) -> list[dict[str, object]]:
+def _parity(mine: Hot) -> Iterator[Row]:
     """The gate: everybody's answers at every place of the hot adapter against those with everything in its slot."""
     asked = ("base", HOT, "smoa-1")
-    before = {model: scores(url, model) for model in asked}
-    rows: list[dict[str, object]] = []
+    before = {model: hot.scores(mine.url, model) for model in asked}
     for place in (Place.RESIDENT, Place.COMPENSATE, Place.EXCLUSIVE, Place.SLOT):
-        report = hot.bring(place, **({"check": True} if place is Place.COMPENSATE else {})) or {}
+        report = mine.bring(place, **({"check": True} if place is Place.COMPENSATE else {}))
         wanted = ("lost", "largest_logprob_difference", "tokens_agree")
-        checked: dict[str, object] = {key: report[key] for key in wanted if key in report}
+        checked = {key: report[key] for key in wanted if key in report}
         for model in asked:
-            found = difference(before[model], scores(url, model))
-            rows.append({"kind": "parity", "place": place, "asked": model, **asdict(found), **checked})
-            words = f"largest {found.largest:.4f}, mean {found.mean:.5f} nats, best tokens agree {found.best_agree:.1%}"
-            console.print(f"{place}: {model}: {words}", highlight=False)
-            if found.largest > CLOSE:
-                raise ParityError(f"with {HOT} {place}, logprobs of {model} differ by {found.largest:.3f} nats")
-        if hot.shown != place.partition(",")[0]:
-            raise ParityError(f"{HOT} should be {place}, and the server says that it is {hot.shown}")
-    return rows
+            found = hot.difference(before[model], hot.scores(mine.url, model))
+            print(f"{place}: {model}: {found}")
+            if found["largest"] > CLOSE:
+                raise ParityError(f"with {HOT} {place}, logprobs of {model} differ by {found['largest']:.3f} nats")
+            yield {"kind": "parity", "place": place, "asked": model, **found, **checked}
+        if mine.shown != place.partition(",")[0]:
+            raise ParityError(f"{HOT} should be {place}, and the server says that it is {mine.shown}")
 
 
-def _stalls(url: str, hot: Hot, plan: Plan) -> tuple[list[dict[str, object]], list[Bar]]:
-    rows: list[dict[str, object]] = []
-    bars = []
-    for models in (("base",), ("base", HOT, "smoa-1", "smoa-2")):
-        found = measure_stalls(hot, url, models, STREAM_TOKENS, plan.cycles)
-        rows.append({"kind": "stall", "streams": len(models), **asdict(found)})
-        streams = f"{len(models)} running stream{'s' if len(models) > 1 else ''}"
-        for move, longest in (("a merge", found.merge_ms), ("an un-merge", found.unmerge_ms)):
-            steps = found.steps(longest)
-            name = f"stall of {streams} by {move}, decode steps"
-            bars.append(Bar(name, statistics.median(steps), None, (min(steps), max(steps)), 2.0))
-    return rows, bars
-
-
-def _pairs(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
-    """Base and merged adapter back to back: repeats minutes apart differ more than the bars allow."""
-    results: Results = {}
-    for traffic in PAIRED:
-        hot.bring(Place.COMPENSATE)
-        for index in range(plan.pairs):
-            for variant in (BASE_ONLY, str(Place.COMPENSATE))[:: 1 if index % 2 == 0 else -1]:
-                if on_gpu():  # on a CPU steps of the base run on the original weights whatever is merged
-                    hot.bring(Place.SLOT if variant == BASE_ONLY else Place.COMPENSATE)
-                one = _ask(servers, plan, traffic, variant, index + 1)
-                results.setdefault((traffic.name, variant), []).append(one)
-                console.print(f"pair {index + 1}: {traffic.name}: {variant}: {one.words}", highlight=False)
-    return results
-
-
-def _measure(servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, console: Console) -> Results:
-    results: Results = {}
-    for index in range(plan.rounds):
-        for traffic, variant in _cases(plan) if index % 2 == 0 else reversed(_cases(plan)):
-            one = _one(servers, hot, plan, traffic, variant, index + 1)
-            results.setdefault((traffic.name, variant), []).append(one)
-            words = f"{traffic.name}: {variant}: {one.words}"
-            console.print(f"round {index + 1} of {plan.rounds}: {words}", highlight=False)
-    return {(traffic.name, variant): results[traffic.name, variant] for traffic, variant in _cases(plan)}
-
-
-def _best(results: Results, traffic: Traffic) -> Place:
-    """The fixed choice that was the fastest."""
-    return max(Place, key=lambda place: statistics.median(speeds(results[traffic.name, str(place)])))
-
-
-def _cases(plan: Plan) -> list[tuple[Traffic, str]]:
-    return [
-        (traffic, str(variant))
-        for traffic in plan.traffics
-        for variant in (BASE_ONLY, *Place, *([LORA] if traffic in plan.lora else []))
-    ]
-
-
-def _one(
-    servers: Mapping[str, ServerProcess], hot: Hot, plan: Plan, traffic: Traffic, variant: str, seed: int
+def _ask(
+    plan: Plan, servers: Mapping[str, ServerProcess], mine: Hot, traffic: Traffic, variant: str, seed: int
 ) -> Repeat:
-    """One repeat of one variant, the hot adapter where it belongs."""
+    """One repeat of a variant, the hot adapter where it belongs."""
     if variant == LORA:
         time.sleep(POLLING_S)
-        found = _ask(servers, plan, traffic, variant, seed)
+        found = plan.ask(servers[LORA], traffic, variant, seed)
         time.sleep(POLLING_S)
         return found
-    hot.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
-    return _ask(servers, plan, traffic, variant, seed)
+    mine.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
+    return plan.ask(servers[SMOA], traffic, variant, seed)
 
 
-def _ask_policy(servers: Mapping[str, ServerProcess], plan: Plan, index: int, traffic: Traffic, seed: int) -> Repeat:
-    """One repeat on one of the two servers that the policy and the fixed choice take turns with."""
-    return one_repeat(servers[(SMOA, SECOND)[index]], _jobs(plan, traffic, POLICY, seed), plan.load.streams)
+def pairs(mine: Hot, count: int, ask: Ask) -> Iterator[Row]:
+    """Base and merged adapter back to back: repeats minutes apart differ more than the bars allow."""
+    for traffic in PAIRED:
+
+        def one(variant: str, seed: int, traffic: Traffic = traffic) -> Repeat:
+            # On a CPU steps of the base run on the original weights whatever is merged.
+            mine.bring(Place.SLOT if variant == BASE_ONLY and on_gpu() else Place.COMPENSATE)
+            return ask(traffic, variant, seed)
+
+        found = take_turns((BASE_ONLY, MERGED), count, one)
+        yield _load_row("pairs", traffic, BASE_ONLY, found[BASE_ONLY], beside=MERGED)
+        yield _load_row("pairs", traffic, MERGED, found[MERGED], beside=BASE_ONLY)
 
 
-def _ask(servers: Mapping[str, ServerProcess], plan: Plan, traffic: Traffic, variant: str, seed: int) -> Repeat:
-    jobs = _jobs(plan, traffic, variant, seed)
-    return one_repeat(servers[LORA if variant == LORA else SMOA], jobs, plan.load.streams)
+def best_place(results: Mapping[tuple[Traffic, str], Sequence[Repeat]], traffic: Traffic) -> Place:
+    """The fixed choice that was the fastest."""
+
+    def speed(place: Place) -> float:
+        return statistics.median(repeat.load.tokens_per_s for repeat in results[traffic, str(place)])
+
+    return max(Place, key=speed)
 
 
-def _jobs(plan: Plan, traffic: Traffic, variant: str, seed: int) -> list[Job]:
-    """Of one repeat; every variant gets the same prompts in the same order."""
-    name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
-    models = [name.format(adapter) for adapter in traffic.adapters(plan.requests, ADAPTERS, seed)]
-    return make_jobs(models, plan.requests, plan.load.input_tokens, plan.load.output_tokens, seed)
+def policy_pairs(
+    hots: Sequence[Hot], best: Mapping[Traffic, Place], asks: Sequence[Ask], count: int, run_in_s: float
+) -> Iterator[Row]:
+    """The policy at rest beside the best fixed choice, back to back on two servers that are alike.
+
+    Each traffic twice, the two servers with their roles changed: nothing of a server itself stays in the ratio.
+    The best choice was found by other repeats: the highest of several noisy figures is too high by that alone.
+    """
+    both: dict[Traffic, tuple[list[Repeat], list[Repeat]]] = {traffic: ([], []) for traffic in best}
+    for automatic, fixed in ((0, 1), (1, 0)):
+        for traffic, place in best.items():
+            hots[fixed].bring(place)
+            hots[automatic].bring(Place.COMPENSATE)  # a merge under load takes long, un-merging takes no time
+            half = [partial(asks[automatic], traffic, POLICY), partial(asks[fixed], traffic, str(place))]
+            first = automatic * (count // 2)
+            with hots[automatic].left_to_the_policy():
+                did = hot.settle(hots[automatic], half[0], run_in_s)
+                print(f"{traffic.name}: {did}")
+                yield {"kind": "policy", "traffic": traffic.name, **did}
+                found = take_turns(half, count // 2, lambda ask, seed, first=first: ask(first + seed))
+            for kept, ask in zip(both[traffic], half, strict=True):
+                kept.extend(found[ask])
+    for traffic, (policy, other) in both.items():
+        yield _load_row("pairs", traffic, POLICY, policy, beside=str(best[traffic]))
+        yield _load_row("pairs", traffic, str(best[traffic]), other, beside=POLICY)
 
 
-def _pair_bars(pairs: Results) -> list[Bar]:
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    found = {(row["traffic"], row["variant"], row["beside"]): row["values"] for row in of_kind(rows, "pairs")}
     bars = []
     for traffic, at_least in PAIRED.items():
-        base, merged = (speeds(pairs[traffic.name, variant]) for variant in (BASE_ONLY, str(Place.COMPENSATE)))
-        bars.append(ratio_bar(f"{traffic.name}, {Place.COMPENSATE} / {BASE_ONLY}", merged, base, at_least))
+        merged, base = found[traffic.name, MERGED, BASE_ONLY], found[traffic.name, BASE_ONLY, MERGED]
+        bars.append(ratio_bar(f"{traffic.name}, {MERGED} / {BASE_ONLY}", merged, base, at_least))
+    for (name, variant, beside), values in found.items():
+        if variant == POLICY:
+            what = f"{name}, {POLICY} / best fixed choice ({beside})"
+            bars.append(ratio_bar(what, values, found[name, beside, POLICY], 0.97))
+    for row in of_kind(rows, "stall"):
+        streams = f"{row['streams']} running stream{'s' if row['streams'] > 1 else ''}"
+        for move, key in (("a merge", "merge_ms"), ("an un-merge", "unmerge_ms")):
+            steps = [(longest - row["usual_ms"]) / row["usual_ms"] for longest in row[key]]
+            bars.append(median_bar(f"stall of {streams} by {move}, decode steps", steps, at_most=2.0))
     return bars
 
 
-def _policy_bars(policy: Mapping[Traffic, Pairs]) -> list[Bar]:
-    return [
-        ratio_bar(
-            f"{traffic.name}, {POLICY} / best fixed choice ({mine.fixed})",
-            speeds(mine.policy),
-            speeds(mine.other),
-            POLICY_AT_LEAST,
-        )
-        for traffic, mine in policy.items()
-    ]
+def section(rows: Sequence[Row]) -> str:
+    measured, paired, parity = (of_kind(rows, kind) for kind in ("merging", "pairs", "parity"))
+    first, what = measured[0], {"traffic": "{traffic}", "hot adapter": "{variant}"}
+    rounds = max(len(row["values"]) for row in measured)
+    words = f"**{first['model']}**, {load_words(first)}, {first['requests_sent']} requests a repeat, rounds: {rounds}."
+    parts = [words, table(what | LOAD, measured)]
+    if paired:
+        parts.append(f"Back to back, {len(paired[0]['values'])} pairs each:")
+        parts.append(table({**what, "beside": "{beside}", **LOAD}, paired))
+    stall = {
+        "running streams": "{streams}",
+        "usual ms between tokens": "{usual_ms:.1f}",
+        "longest without moves": "{usual_longest_ms:.1f}",
+        "merge": lambda row: _spread(row["merge_ms"]),
+        "un-merge": lambda row: _spread(row["unmerge_ms"]),
+        "a merge takes": lambda row: f"{statistics.median(row['seconds']):.1f} s",
+    }
+    changed = {
+        "hot adapter is": "{place}",
+        "asked": "{asked}",
+        "largest difference": "{largest:.4f}",
+        "mean": "{mean:.4f}",
+        "same best token": "{best_agree:.1%}",
+    }
+    checked = next(row for row in parity if row.get("largest_logprob_difference") is not None)
+    parts += [table(stall, of_kind(rows, "stall")), table(changed, parity)]
+    parts.append(
+        f"Rounding removes {checked['lost']:.1%} of the update in the worst layer. The `check` of the merge: largest "
+        f"difference {checked['largest_logprob_difference']:.4f} nats, greedy tokens "
+        f"{'agree' if checked['tokens_agree'] else 'differ'}."
+    )
+    settled = [row for row in of_kind(rows, "policy") if "traffic" in row]
+    if settled:
+        did = {"traffic": "{traffic}", "settled after": "{seconds:.0f} s{not}", "hot adapter then": "{hot}"}
+        did["moves"] = lambda row: len(row["moves"])
+        parts.append(table(did, [row | {"not": "" if row["settled"] else " (not)"} for row in settled]))
+    return "\n\n".join(parts)
 
 
-def _table(model: str, plan: Plan, results: Results) -> Table:
-    load = plan.load
-    title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
-    table = Table("traffic", "variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "of base", title=title)
-    for (traffic, variant), repeats in results.items():
-        facts, reached = figures(repeats), speeds(repeats)
-        share = statistics.median(a / b for a, b in zip(reached, speeds(results[traffic, BASE_ONLY]), strict=True))
-        spread = f"{min(reached):.1f} to {max(reached):.1f}"
-        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}")
-        table.add_row(traffic, variant, f"{facts['tokens_per_s']:.1f}", spread, *times, f"{share:.2f}")
-    return table
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"

@@ -1,127 +1,178 @@
-"""Serving compared end to end: the base alone, with the plugin, with SMoA adapters, with vLLM's own LoRA adapters."""
+"""What do adapters cost end to end? The base alone and with the plugin, SMoA adapters, vLLM's own LoRA adapters."""
 
+import asyncio
 import statistics
-import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from benchmarks.bars import Bar, ratio_bar
-from benchmarks.dense import delta_bar
-from benchmarks.fleet import Load, Repeat, Server, Variant, figures, measure, running, speeds
-from benchmarks.random_models import QWEN_05B, QWEN_05B_QUICK, random_base, random_lora, random_smoa
-from smoa_serve.cli.bench import summary
-from smoa_serve.demo.shipped import ensure_models
+from benchmarks.delta import baselines
+from benchmarks.delta.cases import Case, LayerShape
+from benchmarks.delta.layers import DTYPE, build_layers
+from benchmarks.delta.step import Step
+from benchmarks.harness import models, ops, timing
+from benchmarks.harness.bars import Bar, median_bar, ratio_bar
+from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
+from benchmarks.harness.markdown import LOAD, load_words, setup_line, table
+from benchmarks.harness.question import Options
+from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness.servers import FLAGS, Server, running
+from smoa_serve.cli.loadgen import make_jobs, run_load
 
 CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
 LORA_RANK = 4
 ADAPTERS = 16
 STOCK, EAGER, LORA, PLUGIN = "vLLM alone", "vLLM alone, eager", "vLLM with LoRA", "vLLM with smoa-serve"
-DEMO_DIR = Path(".demo")
+CPU = torch.device("cpu")
+NAME, WORDS = "smoa-r{}-k{}-{}".format, "{} SMoA r={} K={}".format
+COLOURS = {"base": "#8c8c8c", "LoRA": "#4c78a8", "SMoA": "#e4572e"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much is measured of one model."""
 
+    shape: models.Shape | None  # None = the demo's
     load: Load
     repeats: int
-    counts: tuple[int, ...]
-    delta_repeats: int
+    counts: tuple[int, ...]  # of SMoA adapters
+    delta_repeats: int  # of each time of the deltas alone
     eager: bool  # also the base without compilation: vLLM compiles nothing on a CPU once LoRA is enabled
 
 
-FULL = Plan(Load(16, 128, 64), repeats=3, counts=(1, 4, 16), delta_repeats=5, eager=True)
-QUICK = Plan(Load(16, 64, 32), repeats=7, counts=(16,), delta_repeats=3, eager=False)
+def cases(options: Options) -> list[Plan]:
+    if options.quick:
+        return [Plan(models.QWEN_05B_QUICK, Load(16, 64, 32), 7, (16,), 3, False)]
+    return [Plan(shape, Load(16, 128, 64), 3, (1, 4, 16), 5, True) for shape in (models.QWEN_05B, None)]
 
 
-def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    """Measure everything.
-
-    Args:
-        quick: fewer layers, shorter load, no tiny model; the same bars.
-
-    Returns:
-        Rows for JSON, and the bars.
-    """
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    plan, shape = (QUICK, QWEN_05B_QUICK) if quick else (FULL, QWEN_05B)
-    rows: list[dict[str, object]] = []
-    bars: list[Bar] = []
-    for rank, num_blocks in CONFIGURATIONS:
-        bar, figures = delta_bar(shape, rank, num_blocks, plan.load, plan.delta_repeats)
-        rows.append({"model": shape.name, **figures})
-        bars.append(bar)
-    base = random_base(shape)
-    results = _compare(base, plan, console)
-    console.print(_table(shape.name, plan, results))
-    rows += _rows(shape.name, plan, results)
-    bars = _bars(results) + bars
-    if not quick:
-        demo = ensure_models(DEMO_DIR, console)
-        tiny = _compare(demo.base, plan, console)
-        console.print(_table("demo", plan, tiny))
-        rows += _rows("demo", plan, tiny)
-    return rows, bars
+def measure(plans: Sequence[Plan], options: Options) -> list[Row]:
+    rows: list[Row] = []
+    for plan in plans:
+        rows += [delta_row(plan.shape, *each, plan) for each in CONFIGURATIONS if plan.shape]
+        rows += _compare(plan)
+    return rows
 
 
-def _compare(base: Path, plan: Plan, console: Console) -> dict[str, list[Repeat]]:
-    lora = {f"lora-{i}": random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
-    smoa = {
-        f"smoa-r{rank}-k{num_blocks}-{i}": random_smoa(base, rank, num_blocks, i)
-        for rank, num_blocks in CONFIGURATIONS
-        for i in range(ADAPTERS)
-    }
-    servers = [Server(STOCK, False, {}), Server(LORA, False, lora), Server(PLUGIN, True, smoa)]
+def _compare(plan: Plan) -> Iterator[Row]:
+    base = models.random_base(plan.shape) if plan.shape else models.demo_base()
+    lora = {f"lora-{i}": models.random_lora(base, LORA_RANK, i) for i in range(ADAPTERS)}
+    smoa = {NAME(*each, i): models.random_smoa(base, *each, i) for each in CONFIGURATIONS for i in range(ADAPTERS)}
+    servers = [Server(STOCK, False), Server(LORA, False, lora), Server(PLUGIN, True, smoa)]
     if plan.eager:
-        servers.insert(1, Server(EAGER, False, {}, ("--enforce-eager",)))
-    variants = [Variant(f"base, {server.name}", server.name, ("base",)) for server in servers]
-    variants.append(Variant(f"{ADAPTERS} LoRA r={LORA_RANK}", LORA, tuple(lora)))
-    for rank, num_blocks in CONFIGURATIONS:
+        servers.insert(1, Server(EAGER, False, flags=(*FLAGS, "--enforce-eager")))
+    # Variant → (server, whom the streams ask in turn).
+    variants = {f"base, {server.name}": (server.name, ["base"]) for server in servers}
+    variants[f"{ADAPTERS} LoRA r={LORA_RANK}"] = (LORA, list(lora))
+    for each in CONFIGURATIONS:
         for count in plan.counts:
-            models = tuple(f"smoa-r{rank}-k{num_blocks}-{i}" for i in range(count))
-            variants.append(Variant(_smoa_name(count, rank, num_blocks), PLUGIN, models))
-    with running(base, servers, console) as processes:
-        return measure(processes, variants, plan.load, plan.repeats, console)
+            variants[WORDS(count, *each)] = (PLUGIN, [NAME(*each, i) for i in range(count)])
+    load = plan.load
+    with running(base, servers) as processes:
+        for server, asked in variants.values():  # adapters come into their slots, buffers into being
+            jobs = make_jobs(asked, max(load.streams, len(asked)), load.input_tokens, 4)
+            asyncio.run(run_load(processes[server].url, jobs, load.streams))
+
+        def ask(variant: str, seed: int) -> Repeat:
+            server, asked = variants[variant]
+            jobs = make_jobs(asked, load.streams, load.input_tokens, load.output_tokens, seed)
+            return one_repeat(processes[server], jobs, load.streams)
+
+        results = take_turns(list(variants), plan.repeats, ask)
+    shared = {"kind": "serving", "model": plan.shape.name if plan.shape else "demo", "load": asdict(load)}
+    for name, found in results.items():
+        yield {**shared, "variant": name, **figures(found)}
 
 
-def _smoa_name(count: int, rank: int, num_blocks: int) -> str:
-    return f"{count} SMoA r={rank} K={num_blocks}"
+def delta_row(shape: models.Shape, rank: int, num_blocks: int, plan: Plan) -> Row:
+    """Time of all deltas of a load (one prefill of all prompts, then decode steps), by our operation and by the dense
+    way; one decoder layer is measured and stands for all."""
+    seconds = {"own": [0.0] * plan.delta_repeats, "dense": [0.0] * plan.delta_repeats}
+    budget = timing.Budget(0.0, plan.delta_repeats, plan.delta_repeats)
+    load, first = plan.load, ops.available_implementations(CPU, DTYPE)[0]
+    for layer in layer_shapes(shape):
+        copies = build_layers(
+            layer, rank, num_blocks, slots=ADAPTERS, implementations=[first], device=CPU, num_copies=1
+        )
+        for tokens, times in ((load.streams * load.input_tokens, 1), (load.streams, load.output_tokens - 1)):
+            step = Step(Case(layer, rank, num_blocks, tokens, ADAPTERS), copies)
+            calls = {"own": step.delta(first), "dense": baselines.dense(step)}
+            step.gate(calls)
+            for name, found in timing.measure(calls, 1, CPU, budget).items():
+                for i, us in enumerate(found["by_round"].values()):
+                    seconds[name][i] += us / 1e6 * times * shape.num_hidden_layers
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
+    medians = {f"{name}_s": statistics.median(found) for name, found in seconds.items()}
+    shared = {"kind": "delta", "model": shape.name, "rank": rank, "num_blocks": num_blocks}
+    return {**shared, **medians, "ratios": ratios}
 
 
-def _bars(results: dict[str, list[Repeat]]) -> list[Bar]:
-    found = {name: speeds(repeats) for name, repeats in results.items()}
-    plugin, stock, enabled = (found[f"base, {name}"] for name in (PLUGIN, STOCK, LORA))
+def layer_shapes(shape: models.Shape) -> list[LayerShape]:
+    """The packed layers of a decoder layer."""
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    kv = hidden // shape.num_attention_heads * shape.num_key_value_heads
+    sizes = {"qkv": (hidden, (hidden, kv, kv)), "o": (hidden, (hidden,))}
+    sizes |= {"gate_up": (hidden, (wide, wide)), "down": (wide, (hidden,))}
+    return [LayerShape(name, *size) for name, size in sizes.items()]
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    found = {row["variant"]: row["values"] for row in next(iter(_by_model(rows).values()))}
+    stock, lora = f"base, {STOCK}", f"{ADAPTERS} LoRA r={LORA_RANK}"
+    plugin = found[f"base, {PLUGIN}"]
     bars = [
-        ratio_bar("base with the plugin / vLLM alone", plugin, stock, 0.97),
-        ratio_bar("base with the plugin / vLLM with --enable-lora", plugin, enabled, 0.97),
+        ratio_bar("base with the plugin / vLLM alone", plugin, found[stock], 0.97),
+        ratio_bar("base with the plugin / vLLM with --enable-lora", plugin, found[f"base, {LORA}"], 0.97),
     ]
-    for rank, num_blocks in CONFIGURATIONS:
-        name = _smoa_name(ADAPTERS, rank, num_blocks)
-        lora = found[f"{ADAPTERS} LoRA r={LORA_RANK}"]
-        bars.append(ratio_bar(f"{name} / {ADAPTERS} LoRA r={LORA_RANK}", found[name], lora, 1.0))
-        bars.append(ratio_bar(f"{name} / base, vLLM alone", found[name], stock, 0.5))
+    for each in CONFIGURATIONS:
+        name = WORDS(ADAPTERS, *each)
+        bars.append(ratio_bar(f"{name} / {lora}", found[name], found[lora], 1.0))
+        bars.append(ratio_bar(f"{name} / {stock}", found[name], found[stock], 0.5))
+    for row in of_kind(rows, "delta"):
+        what = f"{ADAPTERS} adapters (r={row['rank']}, K={row['num_blocks']})"
+        bars.append(median_bar(f"delta's own time against the dense way's, {what}", row["ratios"], 10.0))
     return bars
 
 
-def _rows(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> list[dict[str, object]]:
-    shared = {"kind": "serving", "model": model, "load": asdict(plan.load)}
-    return [{**shared, "variant": name, **figures(found)} for name, found in results.items()]
+def section(rows: Sequence[Row]) -> str:
+    parts = []
+    for model, found in _by_model(rows).items():
+        parts.append(f"**{model}**, {load_words(found[0])}\n\n{table({'variant': '{variant}', **LOAD}, found)}")
+    what = {f"{ADAPTERS} adapters, all layers, the whole load": "r={rank}, K={num_blocks}"}
+    times = {"smoa_delta": "{own_s:.2f} s", "dense dW each forward": "{dense_s:.1f} s"}
+    return "\n\n".join([*parts, table(what | times, of_kind(rows, "delta"))])
 
 
-def _table(model: str, plan: Plan, results: dict[str, list[Repeat]]) -> Table:
-    load = plan.load
-    title = f"{model}: {load.streams} streams, {load.input_tokens} tokens in, {load.output_tokens} out"
-    table = Table("variant", "tokens/s", "repeats", "TTFT p50 ms", "TPOT p50 ms", "CPU s", "of base", title=title)
-    reference = speeds(results[f"base, {STOCK}"])
-    for name, found in results.items():
-        reached = speeds(found)
-        facts = summary([sample for result in found for sample in result.load.samples])
-        share = statistics.median(a / b for a, b in zip(reached, reference, strict=True))
-        spread = f"{min(reached):.1f} to {max(reached):.1f}"
-        cpu_s = statistics.median(result.cpu_s for result in found)
-        times = (f"{facts['ttft_ms_p50']:.0f}", f"{facts['tpot_ms_p50']:.1f}", f"{cpu_s:.1f}")
-        table.add_row(name, f"{statistics.median(reached):.1f}", spread, *times, f"{share:.2f}")
-    return table
+def short_section(rows: Sequence[Row]) -> str:
+    """The first model's table, for the README."""
+    model, found = next(iter(_by_model(rows).items()))
+    words = f"{model} with random weights, {load_words(found[0])}. {setup_line(rows[0])}"
+    return f"{words}\n\n{table({'variant': '{variant}', **LOAD}, found)}"
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_model = _by_model(rows)
+    figure = Figure(figsize=(6.5 * len(by_model), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (model, found) in zip(figure.subplots(1, len(by_model), squeeze=False)[0], by_model.items(), strict=True):
+        names, speeds = ([row[key] for row in found[::-1]] for key in ("variant", "tokens_per_s"))
+        spread = [[abs(row["tokens_per_s"] - row["spread"][side]) for row in found[::-1]] for side in (0, 1)]
+        colours = [next(colour for word, colour in COLOURS.items() if word in name) for name in names]
+        axes.barh(names, speeds, xerr=spread, color=colours, capsize=3)
+        axes.set_title(f"{model}, {load_words(found[0])}", fontsize=10)
+        axes.set_xlabel("tokens/s (median, lowest and highest repeat)")
+    figure.suptitle(f"{rows[0]['hardware']}, {rows[0]['cores']} cores")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "serving.png", dpi=130)
+
+
+def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    serving = of_kind(rows, "serving")
+    return {
+        model: [row for row in serving if row["model"] == model] for model in dict.fromkeys(r["model"] for r in serving)
+    }

@@ -1,113 +1,194 @@
-"""Training: step time and memory of our SMoA layers against the dense formulation, on one base."""
+"""What does a training step take? Time and memory of our SMoA layers against the dense formulation, on one base.
 
-import json
+    python -m benchmarks.training VARIANT RANK BLOCKS TOKENS DTYPE
+
+prints the peak memory of training steps in a process of their own: bytes above what was resident before the first.
+"""
+
 import os
-import statistics
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor, nn
 
-from benchmarks.bars import Bar, ratio_bar
-from benchmarks.training_models import VARIANTS, Setting, make_model, make_step
+from benchmarks.harness import timing
+from benchmarks.harness.bars import Bar, median_bar, ratio_bar
+from benchmarks.harness.markdown import Columns, table
+from benchmarks.harness.question import Options
+from benchmarks.harness.results import Row, of_kind
 
-FULL = (Setting(32, 4, 256), Setting(32, 2, 256), Setting(32, 4, 256, torch.bfloat16))
-QUICK = (Setting(32, 4, 256),)
-MEMORY_BAR, TIME_BAR = 2.0, 1.0
-LOSSES = Setting(32, 4, 32)  # few tokens: many steps of both formulations
-LOSS_STEPS = 50
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+VARIANTS = ("base", "ours", "dense")
 LOSS_TOLERANCE = 1e-4  # relative, float32
+CPU = torch.device("cpu")
 
 
-def run(quick: bool) -> tuple[list[dict[str, object]], list[Bar]]:
-    """Measure every setting: losses first, then times in pairs, then memory in processes of their own.
+class Setting(NamedTuple):
+    """Total rank r, blocks K, tokens of one step (in sequences of 128), dtype of the base."""
 
-    Args:
-        quick: one setting, fewer repeats.
-    """
-    rows: list[dict[str, object]] = []
-    bars: list[Bar] = []
-    difference = _loss_difference(5 if quick else LOSS_STEPS)
-    for setting in QUICK if quick else FULL:
+    rank: int
+    num_blocks: int
+    tokens: int
+    dtype: str = "float32"
+
+
+FULL = (Setting(32, 4, 256), Setting(32, 2, 256), Setting(32, 4, 256, "bfloat16"))
+LOSSES = Setting(32, 4, 32)  # few tokens: many steps of both formulations
+
+
+def cases(options: Options) -> tuple[Setting, ...]:
+    return FULL[:1] if options.quick else FULL
+
+
+def measure(settings: Sequence[Setting], options: Options) -> list[Row]:
+    """A row per setting: times, then memory in processes of their own. First a gate: both ways learn the same."""
+    ours, dense = (make_step(make_model(variant, LOSSES), LOSSES) for variant in ("ours", "dense"))
+    losses = [(ours(), dense()) for _ in range(5 if options.quick else 50)]
+    difference = max(abs(one - other) / other for one, other in losses)
+    assert difference <= LOSS_TOLERANCE, f"losses differ by {difference:.2e}, allowed is {LOSS_TOLERANCE:.0e}"
+    budget = timing.Budget(0.0, *(3, 3) if options.quick else (5, 5))
+    rows = []
+    for setting in settings:
         steps = {variant: make_step(make_model(variant, setting), setting) for variant in VARIANTS}
-        times = _times(steps, 3 if quick else 5)
+        times = timing.measure({v: lambda _, step=step: step() for v, step in steps.items()}, 1, CPU, budget)
         del steps
-        plain = replace(setting, rank=1, num_blocks=1)  # the base has no blocks: it is measured once per dtype
-        peaks = {variant: _peak(variant, plain if variant == "base" else setting) for variant in VARIANTS}
-        name = f"{setting.name} {str(setting.dtype).removeprefix('torch.')}"
-        bars += _bars(name, times, peaks)
-        rows.append(
-            {
-                "kind": "training",
-                "setting": name,
-                "tokens": setting.tokens,
-                "step_s": {variant: statistics.median(values) for variant, values in times.items()},
-                "peak_bytes": peaks,
-                "largest_loss_difference": difference,
-            }
-        )
-        _print(rows[-1])
-    return rows, bars
+        plain = setting._replace(rank=1, num_blocks=1)  # the base has no blocks: it is measured once per dtype
+        row = {
+            "kind": "training",
+            "setting": f"r={setting.rank} K={setting.num_blocks} {setting.dtype}",
+            "tokens": setting.tokens,
+            "times_us": times,
+            "step_s": {variant: found["median"] / 1e6 for variant, found in times.items()},
+            "peak_bytes": {variant: _peak(variant, plain if variant == "base" else setting) for variant in VARIANTS},
+            "largest_loss_difference": difference,
+        }
+        print(row)
+        rows.append(row)
+    return rows
 
 
-def _loss_difference(count: int) -> float:
-    """Largest relative difference of the losses of `count` steps; a gate, not a figure.
-
-    Raises:
-        AssertionError: the two formulations do not learn the same.
-    """
-    ours_step, dense_step = (make_step(make_model(variant, LOSSES), LOSSES) for variant in ("ours", "dense"))
-    pairs = [(ours_step(), dense_step()) for _ in range(count)]
-    largest = max(abs(ours - dense) / dense for ours, dense in pairs)
-    assert largest <= LOSS_TOLERANCE, f"losses differ by {largest:.2e}, allowed is {LOSS_TOLERANCE:.0e}"
-    return largest
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    bars = []
+    for row in of_kind(rows, "training"):
+        ours, dense = (list(row["times_us"][variant]["by_round"].values()) for variant in ("ours", "dense"))
+        less = _adapter_bytes(row, "dense") / _adapter_bytes(row, "ours")
+        bars.append(median_bar(f"{row['setting']}: less adapter memory, dense / ours", [less], 2.0))
+        bars.append(ratio_bar(f"{row['setting']}: step time, dense / ours", dense, ours, 1.0))
+    return bars
 
 
-def _times(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step; the variants take turns."""
-    times: dict[str, list[float]] = {variant: [] for variant in steps}
-    for repeat in range(repeats + 1):
-        for variant, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if repeat:  # the first warms up
-                times[variant].append(time.perf_counter() - begin)
-    return times
+def section(rows: Sequence[Row]) -> str:
+    columns: Columns = {
+        "setting": "{setting}",
+        "step: dense, ms": lambda row: f"{row['step_s']['dense'] * 1e3:.0f}",
+        "ours": lambda row: f"{row['step_s']['ours'] * 1e3:.0f}",
+        "base": lambda row: f"{row['step_s']['base'] * 1e3:.0f}",
+        "adapter memory: dense, MB": lambda row: f"{_adapter_bytes(row, 'dense') / 1e6:.0f}",
+        "ours, MB": lambda row: f"{_adapter_bytes(row, 'ours') / 1e6:.0f}",
+    }
+    first = of_kind(rows, "training")[0]
+    words = "{tokens} tokens a step; losses of both formulations differ by at most {largest_loss_difference:.0e}."
+    return f"{words.format_map(first)}\n\n{table(columns, of_kind(rows, 'training'))}"
+
+
+def _adapter_bytes(row: Row, variant: str) -> int:
+    """Peak above the base's."""
+    return int(row["peak_bytes"][variant] - row["peak_bytes"]["base"])
 
 
 @cache
 def _peak(variant: str, setting: Setting) -> int:
     """Peak memory in a process of its own, where every freed tensor goes back to the system at once."""
-    command = [sys.executable, "-m", "benchmarks.training_models", variant]
-    command += [str(setting.rank), str(setting.num_blocks), str(setting.tokens)]
-    command.append(str(setting.dtype).removeprefix("torch."))
+    command = [sys.executable, "-m", "benchmarks.training", variant, *map(str, setting)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return int(json.loads(output.splitlines()[-1])["peak_bytes"])
+    return int(output.splitlines()[-1])
 
 
-def _bars(name: str, times: dict[str, list[float]], peaks: dict[str, int]) -> list[Bar]:
-    ours, dense = (peaks[variant] - peaks["base"] for variant in ("ours", "dense"))
-    memory = dense / ours
-    return [
-        Bar(f"{name}: less adapter memory, dense / ours", memory, MEMORY_BAR, (memory, memory)),
-        ratio_bar(f"{name}: step time, dense / ours", times["dense"], times["ours"], TIME_BAR),
-    ]
+class DenseFormulation(nn.Module):
+    """A layer of ours as it is published: every block's product times a float32 copy of its weights, written into a
+    matrix of the layer's size, on every forward pass; gradients by autograd."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer = layer.base_layer
+        self.blocks = layer.blocks("default")
+        self.scaling = layer.entries["default"].scaling
+        a, b = layer.smoa_a["default"].detach(), layer.smoa_b["default"].detach()
+        factors = [block.factors(a, b) for block in self.blocks]
+        self.a = nn.ParameterList([nn.Parameter(a_k.clone()) for a_k, _ in factors])
+        self.b = nn.ParameterList([nn.Parameter(b_k.clone()) for _, b_k in factors])
+        self.anchors = [block.weight(layer.matrix, torch.float32) for block in self.blocks]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output plus x times the dense update."""
+        delta = torch.zeros(self.base_layer.weight.shape, device=x.device)
+        for block, a, b, anchor in zip(self.blocks, self.a, self.b, self.anchors, strict=True):
+            delta[block.rows[:, None], block.cols] = (b @ a) * anchor * self.scaling
+        return self.base_layer(x) + nn.functional.linear(x, delta.to(x.dtype))  # type: ignore[no-any-return]
 
 
-def _print(row: dict[str, object]) -> None:
-    table = Table("", "step ms", "peak MB", "adapter MB", title=f"{row['setting']}, {row['tokens']} tokens a step")
-    seconds, peaks = row["step_s"], row["peak_bytes"]
-    assert isinstance(seconds, dict)
-    assert isinstance(peaks, dict)
-    for variant in VARIANTS:
-        megabytes = peaks[variant] / 1e6
-        above = "-" if variant == "base" else f"{megabytes - peaks['base'] / 1e6:.0f}"
-        table.add_row(variant, f"{seconds[variant] * 1e3:.0f}", f"{megabytes:.0f}", above)
-    Console().print(table)
+def make_model(variant: str, setting: Setting) -> nn.Module:
+    """A llama of hidden size 1024 with 8 layers and random weights; the same numbers for every variant."""
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from smoa_serve.peft import SMoAConfig, SMoALinear
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 1024}
+    config = LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4, use_cache=False)
+    model = LlamaForCausalLM(config).to(getattr(torch, setting.dtype)).requires_grad_(False)
+    # As with adapters below: gradients flow through the whole model, so that only the adapters make the difference.
+    model.enable_input_require_grads()
+    if variant == "base":
+        return model
+    shape = {"r": setting.rank, "num_blocks": setting.num_blocks, "lora_alpha": setting.rank}
+    adapted: nn.Module = get_peft_model(model, SMoAConfig(**shape, lora_dropout=0.0, target_modules=list(TARGETS)))
+    if variant == "dense":
+        for name, layer in list(adapted.named_modules()):
+            if isinstance(layer, SMoALinear):
+                parent, _, child = name.rpartition(".")
+                setattr(adapted.get_submodule(parent), child, DenseFormulation(layer))
+    return adapted
+
+
+def make_step(model: nn.Module, setting: Setting) -> Callable[[], float]:
+    """One training step on random tokens: forward, backward and, where there is something to train, AdamW."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 1024, (max(1, setting.tokens // 128), min(128, setting.tokens)), generator=generator)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, foreach=False) if trainable else None
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def peak_bytes(step: Callable[[], float], repeats: int) -> int:
+    """Highest resident memory of this process while it takes steps."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    for _ in range(repeats):
+        step()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, "Linux reports it for every process"
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    alone = Setting(*map(int, sys.argv[2:5]), sys.argv[5])
+    one_step = make_step(make_model(sys.argv[1], alone), alone)
+    one_step()  # what is made once: optimizer state, threads' scratch
+    print(peak_bytes(one_step, 2))

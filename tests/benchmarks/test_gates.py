@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gates import assert_rounded
+from benchmarks.harness.gates import assert_rounded
 
 DTYPES = [torch.bfloat16, torch.float16]
 

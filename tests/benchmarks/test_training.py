@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.training_models import DenseFormulation, peak_bytes
+from benchmarks.harness.timing import times_row
+from benchmarks.training import DenseFormulation, peak_bytes
 from smoa_serve.peft import SMoAConfig, SMoALinear
 
 
@@ -37,7 +38,14 @@ def test_the_peak_of_a_step_is_seen_after_it_is_freed() -> None:
 
 
 def test_bars_are_the_memory_above_the_base_and_paired_times() -> None:
-    times = {"base": [1.0], "ours": [2.0, 2.0, 4.0], "dense": [3.0, 4.0, 4.0]}
-    memory, time = training._bars("x", times, {"base": 100, "ours": 150, "dense": 300})
+    seconds = {"base": [1.0], "ours": [2.0, 2.0, 4.0], "dense": [3.0, 4.0, 4.0]}
+    times = {name: times_row({i: (value, 0.0) for i, value in enumerate(found)}) for name, found in seconds.items()}
+    row = {
+        "kind": "training",
+        "setting": "x",
+        "times_us": times,
+        "peak_bytes": {"base": 100, "ours": 150, "dense": 300},
+    }
+    memory, time = training.bars([row])
     assert (memory.figure, memory.at_least) == (4.0, 2.0)
     assert (time.figure, time.spread) == (1.5, (1.0, 2.0))

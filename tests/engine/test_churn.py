@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.churn import WORKERS, Churn, Sample, growth, make_contents
+from benchmarks.churn import WORKERS, Churn, growth, make_contents
 
 pytestmark = pytest.mark.engine
 
@@ -68,5 +68,5 @@ def test_operations_without_end_leave_nothing_behind_and_every_answer_is_right(t
 
 def test_growth_is_measured_after_the_warm_up() -> None:
     sizes = [100, 500, *range(1000, 1010), *range(1100, 1110)]
-    samples = [Sample(place, {"a": size, "b": 0}, 0, 1) for place, size in enumerate(sizes)]
+    samples = [{"operations": place, "total_kib": size} for place, size in enumerate(sizes)]
     assert growth(samples, warm_up=1) == pytest.approx(1107.5 / 1001.5 - 1)

@@ -1,0 +1,1 @@
+"""One layer's delta beside the base GEMM, the hardware's floor and the other ways to get the same result."""

@@ -1,0 +1,1 @@
+"""What every question needs: servers, load, timing, bars, results, pages."""

@@ -1,1 +1,0 @@
-"""Time of the SMoA delta next to the base GEMM, the hardware's floor and the other ways to get the same result."""
