@@ -18,7 +18,7 @@ from benchmarks.harness.models import Shape, random_base, random_lora, random_sm
 from benchmarks.harness.question import QUESTIONS, question
 from benchmarks.harness.results import newest
 from benchmarks.harness.servers import Server
-from smoa_serve.adapters import detect_kind, load_adapter
+from smoa_serve.adapters import load_adapter, open_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 
 TINY = Shape("tiny", 64, 2, 2, 1, 96, 128)
@@ -68,7 +68,7 @@ def test_random_models_bind_and_are_built_once() -> None:
     assert first.digest != second.digest
     for name, update in first.modules.items():
         assert torch.equal(update.row_block, second.modules[name].row_block)
-    assert detect_kind(random_lora(base, 2, 0)) == "lora"
+    assert open_adapter(random_lora(base, 2, 0)).kind == "lora"
 
 
 def test_adapters_never_lie_beside_the_base_of_the_demo(tmp_path: Path) -> None:
