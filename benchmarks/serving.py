@@ -146,10 +146,10 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def short_section(rows: Sequence[Row]) -> str:
-    """The first model's table, for the README."""
+    """The picture of `draw` and what it shows, for the README."""
     model, found = next(iter(_by_model(rows).items()))
     words = f"{model} with random weights, {load_words(found[0])}. {setup_line(rows[0])}"
-    return f"{words}\n\n{table({'variant': '{variant}', **LOAD}, found)}"
+    return f"![Tokens per second of base, LoRA and SMoA adapters](docs/serving.png)\n\n{words}"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:

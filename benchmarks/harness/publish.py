@@ -1,5 +1,5 @@
 """Results as pages: `python -m benchmarks publish`. The newest full run of every question and device class is written
-to benchmarks/results/QUESTION.md, every bar side by side to docs/performance.md, the first table to README.md."""
+to docs/results/QUESTION.md, every bar side by side to docs/performance.md, the first table to README.md."""
 
 import re
 from pathlib import Path
@@ -33,13 +33,11 @@ def pages(root: Path) -> dict[Path, str]:
         performance: with_section(performance, "bars", side_by_side(found)),
         readme: with_section(readme, "results", question("serving").short_section(_latest(found["serving"]))),
     }
-    words = (
-        "Written by `python -m benchmarks publish` from the lines beside this page; how it is measured: [performance]"
-    )
+    words = "Written by `python -m benchmarks publish` from `benchmarks/results/`; how it is measured: [performance]"
     for what, by_class in found.items():
-        parts = [f"# {what}", str(question(what).__doc__).partition("\n\n")[0], f"{words}(../../docs/performance.md)."]
+        parts = [f"# {what}", str(question(what).__doc__).partition("\n\n")[0], f"{words}(../performance.md)."]
         parts += [f"## {name}\n\n{page(what, rows)}" for name, rows in by_class.items()]
-        written[root / "benchmarks" / "results" / f"{what}.md"] = "\n\n".join(parts) + "\n"
+        written[root / "docs" / "results" / f"{what}.md"] = "\n\n".join(parts) + "\n"
     return written
 
 
@@ -59,7 +57,7 @@ def side_by_side(found: dict[str, dict[str, list[Row]]]) -> str:
                 line = {"what": what, "label": label, "limit": limit, **dict.fromkeys(DEVICE_CLASSES, "")}
                 words = f"{row['figure']:.2f}" if row["reached"] else f"**{row['figure']:.2f}** missed"
                 lines.setdefault((what, label, limit), line)[name] = words
-    columns = {"question": "[{what}](../benchmarks/results/{what}.md)", "figure": "{label}", "bar": "{limit}"}
+    columns = {"question": "[{what}](results/{what}.md)", "figure": "{label}", "bar": "{limit}"}
     return table(columns | {name: f"{{{name}}}" for name in DEVICE_CLASSES}, list(lines.values()))
 
 

@@ -91,12 +91,10 @@ class HandlerExchange(WeightExchange):
         self._merged = self._weight.whole().clone()
 
     def _put(self, rows: Tensor, block: MergedBlock) -> None:
-        """See the base class."""
         assert self._merged is not None
         self._merged[rows[:, None], block.cols] = block.after
 
     def _pack(self) -> None:
-        """See the base class."""
         from vllm import _custom_ops as ops
 
         assert self._merged is not None
@@ -148,7 +146,7 @@ class PlainExchange(WeightExchange):
         self.nbytes += 2 * block.after.nbytes
 
     def _pack(self) -> None:
-        """See the base class."""
+        """Nothing is left to do."""
 
     def switch(self) -> None:
         """See the base class."""

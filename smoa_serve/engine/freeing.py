@@ -12,6 +12,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from smoa_serve.adapters.model import Adapter
 from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.traffic import Traffic
+from smoa_serve.errors import AdapterBusyError, AdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,13 @@ class SmoaModel(LoRAModel):
 
 class FreeingManager(LRUCacheLoRAModelManager):
     """vLLM counts an adapter as in its slot before a layer has it, and frees a slot's number but not its content. Here
-    an adapter is in its slot in every layer or in none, and a slot that nobody has is empty in every layer."""
+    an adapter is in its slot in every layer or in none, and a slot that nobody has is empty in every layer.
+
+    Attributes:
+        smoa_refusal: why this engine serves no SMoA adapters at all; None when it does.
+    """
+
+    smoa_refusal: str | None
 
     @cached_property
     def _unwiped(self) -> set[int]:
@@ -60,6 +67,23 @@ class FreeingManager(LRUCacheLoRAModelManager):
         if activated:
             self._own(lora_id)
         return activated
+
+    def slot_of(self, lora_id: int) -> int:
+        """The slot of a SMoA or HiRA adapter, which is brought into one if it is in none.
+
+        Raises:
+            AdapterBusyError: there is no such adapter here.
+            AdapterError: it is of another kind.
+        """
+        if self.smoa_refusal is not None:
+            raise AdapterError(f"adapter {lora_id}", self.smoa_refusal)
+        model = self._registered_adapters.cache.get(lora_id)
+        if model is None:
+            raise AdapterBusyError(f"adapter {lora_id}", "it is not in the engine")
+        if not isinstance(model, SmoaModel):
+            raise AdapterError(f"adapter {lora_id}", "only SMoA and HiRA adapters can be moved")
+        self.activate_adapter(lora_id)
+        return int(self.lora_index_to_id.index(lora_id))
 
     def _own(self, lora_id: int) -> None:
         """Blocks of W that no slot uses are kept for an adapter to come back."""

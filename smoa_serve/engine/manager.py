@@ -26,7 +26,7 @@ from smoa_serve.engine.host import compiling, logits
 from smoa_serve.engine.merging import WeightChecksumError
 from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
 from smoa_serve.engine.mover import Mover
-from smoa_serve.errors import AdapterBusyError, AdapterError
+from smoa_serve.errors import AdapterError
 from smoa_serve.settings import Settings
 
 
@@ -35,7 +35,6 @@ class SmoaModelManager(FreeingManager):
 
     Attributes:
         plan: which tokens of the current step use which SMoA slot.
-        smoa_refusal: why this engine serves no SMoA adapters at all; None when it does.
         unattached: layer -> why it takes no SMoA adapters though vLLM wraps it.
         absorbed: layers whose update would be lost, whatever adds it.
     """
@@ -174,23 +173,6 @@ class SmoaModelManager(FreeingManager):
             AdapterError: every reason.
         """
         check_lora_factors(self, lora, source)
-
-    def slot_of(self, lora_id: int) -> int:
-        """The slot of a SMoA or HiRA adapter, which is brought into one if it is in none.
-
-        Raises:
-            AdapterBusyError: there is no such adapter here.
-            AdapterError: it is of another kind.
-        """
-        if self.smoa_refusal is not None:
-            raise AdapterError(f"adapter {lora_id}", self.smoa_refusal)
-        model = self._registered_adapters.cache.get(lora_id)
-        if model is None:
-            raise AdapterBusyError(f"adapter {lora_id}", "it is not in the engine")
-        if not isinstance(model, SmoaModel):
-            raise AdapterError(f"adapter {lora_id}", "only SMoA and HiRA adapters can be moved")
-        self.activate_adapter(lora_id)
-        return int(self.lora_index_to_id.index(lora_id))
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         self.mover.lose_slot(lora_id)

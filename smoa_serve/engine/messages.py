@@ -1,7 +1,7 @@
 """What workers answer, typed. As a dictionary it passes vLLM's serializers; its keys stand in this module alone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
@@ -57,7 +57,9 @@ class Answer:
         Raises:
             WorkerError: what workers raised.
         """
-        raise_raised(answers, cls.method)
+        found = sorted({answer[_RAISED] for answer in answers if _RAISED in answer})
+        if found:
+            raise WorkerError(f"{cls.method} failed on a worker: {'; '.join(found)}")
         return [cls.from_wire(answer) for answer in answers]
 
 
@@ -65,13 +67,6 @@ def raised(error: Exception) -> dict[str, Any]:
     """In place of an answer: a worker says what was raised. vLLM's executor stops reading at the first worker that
     raises; the next call would take the answers of the others for its own."""
     return {_RAISED: str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"}
-
-
-def raise_raised(answers: Sequence[Any], method: str) -> None:
-    """Raises WorkerError: what the workers raised in a method, of ours or vLLM's own."""
-    found = sorted({answer[_RAISED] for answer in answers if isinstance(answer, dict) and _RAISED in answer})
-    if found:
-        raise WorkerError(f"{method} failed on a worker: {'; '.join(found)}")
 
 
 @dataclass(frozen=True)
@@ -162,15 +157,10 @@ def _plain(value: int | Residence) -> int | str:
 def on_all_workers(statuses: Sequence[WorkerStatus], lora_int_id: int) -> AdapterStatus:
     """One adapter on the whole server: the lowest residence, the bytes of all workers, the tokens of the first one."""
     found = [status.adapters.get(lora_int_id, AdapterStatus()) for status in statuses]
-    return AdapterStatus(
-        residence=min((one.residence for one in found), key=lambda where: where.rung),
-        resident_bytes=sum(one.resident_bytes for one in found),
-        block_bytes=sum(one.block_bytes for one in found),
-        host_bytes=sum(one.host_bytes for one in found),
-        tokens=found[0].tokens,
-        alone=found[0].alone,
-        alone_steps=found[0].alone_steps,
-    )
+    sizes = ("resident_bytes", "block_bytes", "host_bytes")
+    everywhere = {size: sum(getattr(one, size) for one in found) for size in sizes}
+    lowest = min((one.residence for one in found), key=lambda where: where.rung)
+    return replace(found[0], residence=lowest, **everywhere)
 
 
 @dataclass(frozen=True)

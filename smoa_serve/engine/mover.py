@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from time import monotonic
-from typing import Protocol
 
+from smoa_serve.engine.freeing import FreeingManager
 from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger, in_every_layer
 from smoa_serve.engine.messages import Residence, StageReport
@@ -31,19 +31,6 @@ class State(StrEnum):
     STAGED = "staged"
     UNTIDY = "untidy"
     BROKEN = "broken"
-
-
-class Slots(Protocol):
-    """Who has the slots.
-
-    Attributes:
-        lora_index_to_id: of each slot, the number of the adapter in it.
-    """
-
-    lora_index_to_id: list[int | None]
-
-    def slot_of(self, lora_id: int) -> int:
-        """The slot of an adapter, which is brought into one if it is in none; AdapterError where it cannot be."""
 
 
 @dataclass
@@ -71,7 +58,7 @@ class Mover:
 
     Args:
         layers: module name -> layer that takes SMoA deltas.
-        slots: of this worker.
+        slots: who has them; brings adapters into them.
         merge_refusal: why nothing can be merged here, or None.
 
     Attributes:
@@ -81,7 +68,9 @@ class Mover:
         changes: grows with whatever a step has to know of.
     """
 
-    def __init__(self, layers: dict[str, SmoaLinearMixin], slots: Slots, merge_refusal: str | None = None) -> None:
+    def __init__(
+        self, layers: dict[str, SmoaLinearMixin], slots: FreeingManager, merge_refusal: str | None = None
+    ) -> None:
         self.layers, self._slots, self._merge_refusal = layers, slots, merge_refusal
         self.merger = Merger(layers)
         self.residents: set[int] = set()

@@ -151,7 +151,7 @@ def test_results_are_published_between_markers_and_in_pages_of_their_own(tmp_pat
     results.mkdir(parents=True)
     stored(results, "serving", 1, *rows, Bar("thing, worst of 3: 8x8, (r, K)", 0.4, 0.5, (0.3, 0.6)).row())
     stored(results, "serving", 2, *rows, Bar("thing: 8x8", 0.6, 0.5, (0.3, 0.6)).row(), hardware="Xeon (amx_bf16)")
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results").mkdir(parents=True)
     for name, file in (("bars", tmp_path / "docs" / "performance.md"), ("results", tmp_path / "README.md")):
         file.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
     assert publish.stale(tmp_path)
@@ -163,11 +163,12 @@ def test_results_are_published_between_markers_and_in_pages_of_their_own(tmp_pat
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| thing: 8x8 | ≥ 0.50 | 0.60 | **0.40** missed |  |  |  |" in text
-    page = (results / "serving.md").read_text()
+    page = (tmp_path / "docs" / "results" / "serving.md").read_text()
     assert "others used 50% of the cores before the start" in page
     assert "| thing, worst of 3: 8x8, (r, K) | ≥ 0.50 | 0.40 | 0.30 to 0.60 | **no** | AVX512-BF16 |" in page
     assert "| r=16, K=4 | 1.00 s | 20.0 s |" in page
-    assert "| base, vLLM alone | 10.0 | 9.0 to 11.0 |" in (tmp_path / "README.md").read_text()
+    assert "| base, vLLM alone | 10.0 | 9.0 to 11.0 |" in page
+    assert "](docs/serving.png)\n\nm with random weights, 1 concurrent" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "docs" / "serving.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="no markers"):

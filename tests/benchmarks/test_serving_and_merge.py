@@ -15,7 +15,7 @@ from benchmarks.harness.machine import facts
 from benchmarks.harness.models import Shape, random_base, random_lora, random_smoa
 from benchmarks.harness.publish import page
 from benchmarks.hot import Place
-from smoa_serve.adapters import load_adapter
+from smoa_serve.adapters import open_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.cli.loadgen import LoadResult, Sample
 
@@ -35,8 +35,8 @@ def test_smoa_and_lora_have_equally_many_parameters() -> None:
     checkpoint = BaseCheckpoint.open(base)
     lora = load_file(random_lora(base, serving.LORA_RANK, 0) / "adapter_model.safetensors")
     for rank, num_blocks in serving.CONFIGURATIONS:
-        smoa = load_adapter(random_smoa(base, rank, num_blocks, 0), checkpoint)
-        assert smoa.num_parameters == sum(tensor.numel() for tensor in lora.values())
+        smoa = open_adapter(random_smoa(base, rank, num_blocks, 0)).summary(checkpoint)
+        assert smoa.parameters == sum(tensor.numel() for tensor in lora.values())
 
 
 def test_the_dense_way_computes_the_same_delta() -> None:

@@ -16,6 +16,7 @@ from smoa_serve.engine import rpc
 from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
 from smoa_serve.engine.mover import Mover, State
 from smoa_serve.errors import AdapterBusyError, AdapterError
+from smoa_serve.residence.ladder import BUDGET_S
 
 RANKS, LAYERS, SLOTS = 2, 2, 2
 SIZE = 4
@@ -31,7 +32,7 @@ BANK_CHANGES = {"merged": 2 * LAYERS, "resident": LAYERS}
 
 def ticking() -> Callable[[], float]:
     """A clock by which each call of `smoa_stage` does one piece."""
-    ticks = itertools.count(step=0.007)
+    ticks = itertools.count(step=BUDGET_S / 1.5)
     return lambda: next(ticks)
 
 
@@ -149,7 +150,7 @@ class Rank:
         }
         self.layers: list[Any] = list(layers.values())
         mover: Any = Mover
-        self.mover: Mover = mover(layers, self)
+        self.mover: Mover = mover(layers, self, None)
         self._adapter_manager = self
         self.model_runner = SimpleNamespace(lora_manager=self)
 

@@ -139,6 +139,65 @@ def test_a_refused_second_merge_of_a_merged_adapter_leaves_it_merged() -> None:
     asyncio.run(both())
 
 
+@pytest.mark.parametrize("target", MOVES)
+def test_an_adapter_that_a_rank_forgot_when_it_was_asked_there_again_is_there_on_no_rank(target: str) -> None:
+    engine = Engine()
+
+    async def again() -> None:
+        ladder = ladder_of(engine)
+        await MOVES[target](ladder)
+        engine.fault = (1, len(engine.calls) + 2, "forget")
+        with pytest.raises(MoveRefusedError, match="not in the engine"):
+            await MOVES[target](ladder)
+        assert (engine.calls[-3], engine.calls[-1]) == ("smoa_stage", "smoa_undo")
+
+    asyncio.run(again())
+    assert [rank.held for rank in engine.ranks] == [Rank().held] * RANKS
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["others come in", "it comes back at once"])
+@pytest.mark.parametrize("target", MOVES)
+def test_staging_begins_anew_where_it_has_to_when_the_slot_is_taken(target: str, other: bool) -> None:
+    engine = Engine()
+    seen: list[int] = []
+
+    def lose() -> bool:
+        seen.append(1)
+        if len(seen) == 2:
+            for rank in engine.ranks:
+                rank.take_slot(1)
+                rank.add_lora(9)
+                if other:
+                    rank.slot_of(9)
+        return True
+
+    assert asyncio.run(MOVES[target](ladder_of(engine), lose)).residence == target
+    assert {rank.seen(1) for rank in engine.ranks} == {target}
+
+
+@pytest.mark.parametrize("kind", ["take_slot", "remove_lora"])
+@pytest.mark.parametrize("target", MOVES)
+def test_what_a_rank_has_no_more_when_it_is_to_be_committed_is_undone_everywhere(target: str, kind: str) -> None:
+    engine = Engine()
+    seen: list[int] = []
+
+    def lose() -> bool:
+        seen.append(1)
+        if len(seen) == PIECES[target]:  # all are ready
+            getattr(engine.ranks[1], kind)(1)
+        return True
+
+    stays = (target, kind) == ("merged", "take_slot")  # it is in the weights
+    ladder = ladder_of(engine)
+    if stays:
+        asyncio.run(MOVES[target](ladder, lose))
+        assert {rank.seen(1) for rank in engine.ranks} == {"merged"}
+        return
+    with pytest.raises(MoveFailedError, match="the adapter is not staged yet"):
+        asyncio.run(MOVES[target](ladder, lose))
+    assert [rank.held for rank in engine.ranks] == [Rank().held] * RANKS
+
+
 def test_the_merged_adapter_is_named_to_who_wants_to_merge_another() -> None:
     async def both() -> None:
         ladder = ladder_of(Engine())
