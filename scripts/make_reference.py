@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 import typer
 
 from smoa_serve.cli.app import app
-from smoa_serve.cli.running import EXIT_CODES
+from smoa_serve.program import EXIT_CODES
 from smoa_serve.settings import FIELDS, OTHER_VARIABLES, SECTIONS, Declared
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # As in docs/explain/architecture.md, first to last.
 STAGES = (
-    ("basics", ("errors", "settings", "files")),
+    ("basics", ("errors", "program", "settings", "files")),
     ("base model", ("base",)),
     ("adapters", ("adapters",)),
     ("without an engine", ("offline",)),
@@ -20,7 +21,9 @@ STAGES = (
     ("residence", ("residence",)),
     ("server", ("server",)),
     ("entry into vLLM", ("plugin",)),
-    ("CLI", ("testing", "cli", "demo")),
+    ("workshop", ("testing",)),
+    ("demo", ("demo",)),
+    ("CLI", ("cli",)),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(STAGES) for module in modules}
 KERNELS_FROM = RANK["engine"]  # the first that computes deltas
@@ -148,3 +151,25 @@ def test_a_fork_on_the_kind_is_seen() -> None:
     ):
         assert len(kind_forks(source)) == 1, source
     assert kind_forks("x = Recipe(AdapterKind.LORA) if kind.modulates else None") == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    # What only type checkers import, and what a function imports when it runs, is no part of it.
+    sources = {module_name(file): file for file in (*FILES, *KERNEL_FILES)}
+    graph = {name: {found for found in at_import(file) if found in sources} for name, file in sources.items()}
+    order = list(TopologicalSorter(graph).static_order())
+    assert len(order) == len(sources)
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT / "kernels" if file in KERNEL_FILES else ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def at_import(file: Path) -> Iterator[str]:
+    """Every module that is imported when a file is, and no package for a module in it."""
+    names = [module_name(other) for other in (*FILES, *KERNEL_FILES)]
+    statements = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for name in imported(file, ast.Module(statements, [])):
+        whole = f"{name.removeprefix('kernels.')}."
+        yield max((found for found in names if whole.startswith(f"{found}.")), key=len, default="")

@@ -9,9 +9,9 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from ..program import ending
 from ..settings import OthersGet
 from .client import ServerClient
-from .running import ending
 
 UrlOption = Annotated[str, typer.Option("--url", envvar="SMOA_URL", help="The server, e.g. http://localhost:8000.")]
 KeyOption = Annotated[

@@ -3,8 +3,8 @@
 import typer
 
 from ..demo import run as demo
+from ..program import ending, run_app
 from . import adapters, bench, files, serve, train, version
-from .running import ending, run_app
 
 app = typer.Typer(
     name="smoa-serve",

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..program import ending
 from .adapters import DEFAULT_URL, KeyOption, UrlOption
 from .client import ServerClient
 from .loadgen import LoadResult, Sample, make_jobs, percentile, run_load
-from .running import ending
 
 
 def register(app: typer.Typer) -> None:

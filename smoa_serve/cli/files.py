@@ -23,7 +23,7 @@ from ..offline.convert import TargetFormat
 from ..offline.convert import convert as convert_adapter
 from ..offline.inspect import AdapterReport, inspect_adapter
 from ..offline.record import merged_note
-from .running import ending
+from ..program import ending
 
 
 class Dtype(StrEnum):

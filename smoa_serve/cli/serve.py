@@ -13,9 +13,9 @@ import typer
 
 from ..errors import ConfigError
 from ..plugin import register as register_plugin
+from ..program import ending
 from ..settings import FIELDS, SECTIONS, load_settings
 from ..settings.vllm_flags import masked
-from .running import ending
 from .serve_vllm import VllmCommand, vllm_command
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
-from .running import ending
+from ..program import ending
 
 NEEDED = {"peft", "transformers", "accelerate"}
 

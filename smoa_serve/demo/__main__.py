@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from ..cli.running import run_app
 from ..errors import SmoaError
+from ..program import run_app
 from . import __doc__ as about
 from .run import run
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..cli.running import ending
 from ..errors import SmoaError
+from ..program import ending
 from ..testing import ServerProcess, free_port
 from .ask import ask_all
 from .prompts import DEMO_PROMPTS, Style

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from smoa_serve.cli import app as program
-from smoa_serve.cli.running import EXIT_CODES
+from smoa_serve.program import EXIT_CODES
 from smoa_serve.settings import FIELDS, OTHER_VARIABLES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_reference.py"

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from smoa_serve.cli.running import run_app
 from smoa_serve.demo import shipped
+from smoa_serve.program import run_app
 
 from .models import rebuild_models
 from .shipping import ship

@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import SmoaError
+from .errors import SmoaError
 
 EXIT_CODES = {
     0: "done; of `serve`: the server was stopped, or its engine ended",
