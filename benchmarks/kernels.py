@@ -74,6 +74,8 @@ def _measure_point(step: Step, own: Sequence[str], ceilings: Ceilings, budget: B
         slow = {DENSE: baselines.dense(step)}
     step.gate(deltas | others | slow)
     calls = {BASE: step.base(), **deltas, **others, **baselines.lora(step)}
+    if LORA_TORCH in calls:
+        skipped[LORA] = "vLLM's CPU kernel would copy too many factors"
     single_pass = step.single_pass()
     if single_pass is not None:
         step.gate_single_pass(single_pass, deltas[own[0]])
