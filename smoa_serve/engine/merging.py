@@ -16,7 +16,7 @@ from smoa_serve.adapters.rounding import Lost
 from smoa_serve.engine.exchange import WeightExchange, exchange_of
 from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.errors import AdapterBusyError, AdapterError, SmoaError
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Merger:
         self.lora_id: int | None = None
         self.merged = self.active = False
         self._one_pass, self._rank, self._cost = False, 0, DEFAULT_COST
-        self.policy = MergePolicy.COMPENSATE
+        self.policy = OthersGet.COMPENSATE
         self.broken: str | None = None
         self.untidy, self._dropping = False, list[WeightExchange]()
 
@@ -165,7 +165,7 @@ class Merger:
         own = present.pop(self.lora_id, 0) if self.lora_id is not None else 0
         if not present:
             return True
-        if self.policy is MergePolicy.EXCLUSIVE:
+        if self.policy is OthersGet.EXCLUSIVE:
             return False
         if not self.switches_freely:
             return True

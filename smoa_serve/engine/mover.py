@@ -15,7 +15,7 @@ from smoa_serve.engine.linear import SmoaLinearMixin
 from smoa_serve.engine.merging import Merger, in_every_layer
 from smoa_serve.engine.messages import Residence, StageReport
 from smoa_serve.errors import AdapterBusyError, AdapterError
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 
 class State(StrEnum):
@@ -136,7 +136,7 @@ class Mover:
         lost = self.merger.lost if move.staged and target is Residence.MERGED else {}
         return StageReport(ready=move.staged, finished=move.finished, layers=move.layers, lost=lost)
 
-    def commit(self, lora_id: int, target: Residence, policy: MergePolicy) -> int:
+    def commit(self, lora_id: int, target: Residence, policy: OthersGet) -> int:
         """Count the staged adapter in from the next step on.
 
         Args:

@@ -23,7 +23,7 @@ from smoa_serve.engine.messages import (
     raised,
 )
 from smoa_serve.errors import AdapterBusyError, AdapterError
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def smoa_stage(worker: Any, lora_int_id: int, target: str, budget_s: float) -> S
 @_answering
 def smoa_commit(worker: Any, lora_int_id: int, target: str, policy: str) -> Committed:
     """Let the staged adapter be there from the next step on; see `Mover.commit`."""
-    return Committed(_manager(worker).mover.commit(lora_int_id, Residence(target), MergePolicy(policy)))
+    return Committed(_manager(worker).mover.commit(lora_int_id, Residence(target), OthersGet(policy)))
 
 
 @_answering

@@ -22,7 +22,7 @@ from smoa_serve.errors import (
 )
 from smoa_serve.registry.revisions import Revision
 from smoa_serve.residence.engine_client import ask_workers, bring_in
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Ladder:
             self._known = {number: on_all_workers(statuses, number).residence for number in numbers}
 
     async def merge(
-        self, revision: Revision, policy: MergePolicy, max_lost: float, wanted: Callable[[], bool] = lambda: True
+        self, revision: Revision, policy: OthersGet, max_lost: float, wanted: Callable[[], bool] = lambda: True
     ) -> Move:
         """Fold an adapter into the base weights of all workers, between two steps.
 
@@ -135,7 +135,7 @@ class Ladder:
         revision: Revision,
         target: Residence,
         wanted: Callable[[], bool],
-        policy: MergePolicy = MergePolicy.COMPENSATE,
+        policy: OthersGet = OthersGet.COMPENSATE,
         max_lost: float = 1.0,
     ) -> Move:
         """Stage on all workers until all are ready, then commit on all; or undo on all."""

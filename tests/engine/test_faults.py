@@ -20,7 +20,7 @@ import pytest
 
 from smoa_serve.residence.engine_client import bring_in
 from smoa_serve.residence.ladder import Ladder
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 pytestmark = pytest.mark.engine
 
@@ -159,7 +159,7 @@ def _merged(bench: Bench) -> None:
 
 
 def _merge(bench: Bench) -> None:
-    asyncio.run(bench.ladder.merge(bench.revision("tried"), MergePolicy.COMPENSATE, 0.25))
+    asyncio.run(bench.ladder.merge(bench.revision("tried"), OthersGet.COMPENSATE, 0.25))
 
 
 def _resident(bench: Bench) -> None:

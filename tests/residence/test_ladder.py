@@ -9,7 +9,7 @@ import pytest
 
 from smoa_serve.errors import MoveAbandonedError, MoveFailedError, MoveRefusedError, WorkerError
 from smoa_serve.residence.ladder import Ladder
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 from tests.residence.fakes import BANK_CHANGES, FAULTS, LOST, PIECES, RANKS, Engine, Rank
 
 pytestmark = pytest.mark.usefixtures("ranks")
@@ -25,7 +25,7 @@ def ladder_of(engine: Engine, released: list[Any] | None = None, **current: Any)
 
 
 async def merge(ladder: Ladder, wanted: Callable[[], bool] = lambda: True, max_lost: float = 0.25) -> Any:
-    return await ladder.merge(REVISION, MergePolicy.COMPENSATE, max_lost, wanted)
+    return await ladder.merge(REVISION, OthersGet.COMPENSATE, max_lost, wanted)
 
 
 async def resident(ladder: Ladder, wanted: Callable[[], bool] = lambda: True) -> Any:
@@ -106,7 +106,7 @@ def test_what_one_rank_could_not_undo_is_undone_before_the_next_move(kind: str) 
         with pytest.raises(MoveAbandonedError):
             await merge(ladder, lambda: next(answers))
         assert engine.calls[4] == "smoa_undo"
-        move = await ladder.merge(OTHER, MergePolicy.COMPENSATE, 0.25)
+        move = await ladder.merge(OTHER, OthersGet.COMPENSATE, 0.25)
         assert move.residence == "merged"
 
     asyncio.run(twice())
@@ -203,7 +203,7 @@ def test_the_merged_adapter_is_named_to_who_wants_to_merge_another() -> None:
         ladder = ladder_of(Engine())
         await merge(ladder)
         with pytest.raises(MoveRefusedError, match="another adapter is merged: legal; un-merge it first") as refused:
-            await ladder.merge(OTHER, MergePolicy.COMPENSATE, 0.25)
+            await ladder.merge(OTHER, OthersGet.COMPENSATE, 0.25)
         assert not refused.value.lasting
 
     asyncio.run(both())

@@ -24,7 +24,7 @@ from smoa_serve.engine.messages import Residence, on_all_workers
 from smoa_serve.engine.mover import State
 from smoa_serve.errors import MoveRefusedError, SmoaError
 from smoa_serve.residence.ladder import Ladder
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 from tests.residence.fakes import FAULTS, LOST, RANKS, SLOTS, Bank, Engine, Rank
 
 NAMES = ("legal", "other")
@@ -184,7 +184,7 @@ class Moves(RuleBasedStateMachine):
     def _move(self, name: str, target: Residence, wanted: Any = lambda: True) -> Coroutine[Any, Any, Any]:
         revision = self.revisions[name]
         if target is MERGED:
-            return self.ladder.merge(revision, MergePolicy.EXCLUSIVE, 0.25, wanted)
+            return self.ladder.merge(revision, OthersGet.EXCLUSIVE, 0.25, wanted)
         return self.ladder.make_resident(revision, wanted) if target is RESIDENT else self.ladder.to_slot(revision)
 
     async def _tried(self, name: str, target: Residence, wanted: Any) -> None:

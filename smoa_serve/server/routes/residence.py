@@ -12,7 +12,7 @@ from smoa_serve.residence import parity
 from smoa_serve.residence.engine_client import check_one_process
 from smoa_serve.residence.ladder import Ladder, Move
 from smoa_serve.residence.policy import MAX_LOST
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 
 router = APIRouter(prefix="/v1/smoa")
 
@@ -22,7 +22,7 @@ class MergeRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    policy: MergePolicy = Field(default=MergePolicy.COMPENSATE, description="what requests of others get meanwhile")
+    policy: OthersGet = Field(default=OthersGet.COMPENSATE, description="what requests of others get meanwhile")
     max_lost: float = Field(
         default=MAX_LOST, gt=0, le=1, description="largest share of an update that rounding may remove"
     )
