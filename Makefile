@@ -16,7 +16,7 @@ WHAT ?= serving
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models serve test test-matrix check format docs bench clean
+.PHONY: help setup demo demo-models serve test test-matrix check lock format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ check: setup ## ruff (public docstrings too) and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+lock: setup ## write requirements.lock, the versions that CI installs
+	@$(PY) scripts/write_lock.py
 
 format: setup ## let ruff repair and format
 	@$(PY) -m ruff check --fix .

@@ -4,10 +4,10 @@ Standard library only: this runs before anything is installed. A second run with
 that was cut short goes on where it stopped.
 
     python scripts/setup_env.py [--venv DIR] [--device auto|cuda|cpu] [--vllm VERSION] [--peft VERSION]
-                                [--groups NAME,...] [--extras NAME,...] [--force]
+                                [--groups NAME,...] [--extras NAME,...] [--locked] [--force]
 
 Environment: SMOA_VENV, SMOA_DEVICE, SMOA_VLLM_VERSION ("0.28", "0.28.*" or "0.28.1"), SMOA_PEFT_VERSION,
-SMOA_TORCH_INDEX_URL.
+SMOA_TORCH_INDEX_URL, SMOA_LOCKED.
 """
 
 from __future__ import annotations
@@ -201,7 +201,11 @@ def where(venv: Path) -> str:
 def set_up(wanted: plan.Plan, venv: Path, *, force: bool, check: bool) -> None:
     """Bring `venv` to what `wanted` says."""
     stamp = venv / "setup-stamp.json"
-    inputs = [ROOT / "pyproject.toml", *sorted(Path(__file__).parent.glob("setup_*.py"))]
+    inputs = [
+        ROOT / "pyproject.toml",
+        *([plan.LOCK] if wanted.locked else []),
+        *sorted(Path(__file__).parent.glob("setup_*.py")),
+    ]
     digest = plan.stamp_digest([path.read_bytes() for path in inputs], wanted, sys.version, str(venv))
     if not force and plan.stamp_matches(stamp, digest) and (venv / "bin" / "python").exists():
         print(f"setup: {venv.name} is up to date ({wanted.target}); {where(venv)}")
@@ -245,6 +249,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--groups", default="dev", help="dependency groups, separated by commas; none in an image")
     parser.add_argument("--extras", default="", help="extras beside the engine's own, separated by commas")
     parser.add_argument("--no-editable", action="store_true", help="install a copy instead of linking this checkout")
+    parser.add_argument(
+        "--locked",
+        action="store_true",
+        default=os.environ.get("SMOA_LOCKED", "") not in ("", "0"),
+        help="hold all packages to the versions of requirements.lock",
+    )
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
     parser.add_argument("--no-verify", action="store_true", help="do not start vLLM (no GPU at image build)")
     flags = parser.parse_args(arguments)
@@ -254,7 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     tools = plan.group_requirements(groups, plan.names_in(flags.groups))
     editable = not flags.no_editable
-    wanted = plan.make_plan(ROOT, device, flags.vllm, flags.extras, editable=editable, peft=flags.peft, tools=tools)
+    wanted = plan.make_plan(
+        ROOT, device, flags.vllm, flags.extras, editable=editable, peft=flags.peft, tools=tools, locked=flags.locked
+    )
     venv = flags.venv if flags.venv.is_absolute() else ROOT / flags.venv
     set_up(wanted, Path(os.path.abspath(venv)), force=flags.force, check=not flags.no_verify)
 

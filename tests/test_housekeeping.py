@@ -1,6 +1,7 @@
 """Files that people and services expect of a project: they parse, and say what the rest of it says."""
 
 import importlib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,21 @@ def test_set_up_says_how_the_command_is_found(plan: Any, monkeypatch: pytest.Mon
     said = importlib.import_module("setup_env").where(tmp_path / ".venv")
     assert ".venv/bin/smoa-serve" in said
     assert "source .venv/bin/activate" in said
+
+
+def test_the_lock_names_versions_alone_and_all_that_ci_needs(project: dict[str, Any], plan: Any) -> None:
+    lines = [line for line in plan.LOCK.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][\w.!]*", line)]
+    locked = {line.partition("==")[0] for line in lines}
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["cpu"], *extras["train"]]
+    wanted += plan.group_requirements(project["dependency-groups"], ["dev"])
+    assert {re.match(r"[A-Za-z0-9-]+", one)[0].lower() for one in wanted} <= locked  # type: ignore[index]
+
+
+def test_a_lock_holds_no_build_and_nothing_of_the_setup_itself(plan: Any) -> None:
+    found = [("torch", "2.13.0+cpu"), ("Typing_Extensions", "4.15"), ("uv", "1"), ("vllm", "0.32.0+cpu")]
+    assert plan.lock_lines(found) == ["torch==2.13.0", "typing-extensions==4.15"]
+    wanted = plan.make_plan(ROOT, "cpu", None, "", editable=True, locked=True)
+    assert plan.requirements(wanted)[:2] == ["--constraint", str(plan.LOCK)]
+    assert "--constraint" not in plan.requirements(plan.make_plan(ROOT, "cpu", None, "", editable=True))

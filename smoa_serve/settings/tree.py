@@ -29,6 +29,7 @@ OTHER_VARIABLES: Mapping[str, str] = {
     "SMOA_DEVICE": "`scripts/setup_env.py`: auto, cpu or cuda, as `--device`",
     "SMOA_VLLM_VERSION": "`scripts/setup_env.py`: the engine's release, as `--vllm`",
     "SMOA_PEFT_VERSION": "`scripts/setup_env.py`: PEFT's release, as `--peft`",
+    "SMOA_LOCKED": "`scripts/setup_env.py`: install the versions of requirements.lock, as `--locked`",
     "SMOA_TORCH_INDEX_URL": "`scripts/setup_env.py`: a mirror of PyTorch's index",
     "SMOA_FAULTS": "`tests/engine/test_faults.py`: how many of the places are tried",
 }
