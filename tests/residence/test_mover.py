@@ -10,12 +10,12 @@ from smoa_serve.engine.merging import WeightChecksumError
 from smoa_serve.engine.messages import Residence
 from smoa_serve.engine.mover import State
 from smoa_serve.errors import AdapterBusyError, AdapterError
-from smoa_serve.settings import MergePolicy
+from smoa_serve.settings import OthersGet
 from tests.residence.fakes import PIECES, Rank
 
 pytestmark = pytest.mark.usefixtures("ranks")
 BOTH = pytest.mark.parametrize("target", [Residence.MERGED, Residence.RESIDENT])
-EXCLUSIVE = MergePolicy.EXCLUSIVE
+EXCLUSIVE = OthersGet.EXCLUSIVE
 
 
 def rank_with(*numbers: int) -> Rank:
