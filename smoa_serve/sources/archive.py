@@ -3,6 +3,7 @@
 A member is read by its stream and written under a name of ours: no path, link, owner or mode of the archive is used.
 """
 
+import errno
 import stat
 import tarfile
 import zipfile
@@ -64,19 +65,24 @@ def unpack(archive: Path, kind: str, folder: Path, names: Sequence[str], limits:
         AdapterError: with what is wrong with it.
         StorageError: the folder cannot be written.
     """
-    try:
-        with archive.open("rb") as handle:
-            bounded: Any = _Bounded(handle)
-            members = (_tar_members if kind == "tar" else _zip_members)(bounded, limits[1], shown)
-            _check(members, limits, shown)
-            base = _base(members, shown)
-            for name in names:
-                member = next((m for m in members if PurePosixPath(m.name) == base / name), None)
-                if member is not None:
-                    _copy(member, folder / name, shown)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError) as error:
-        # NotImplementedError, a RuntimeError, is zipfile's word for methods that it lacks.
-        raise AdapterError(shown, f"the .{kind} archive cannot be read: {error}") from error
+    with writing(f"what is unpacked from {shown}", "choose another cache folder"):
+        try:
+            with archive.open("rb") as handle:
+                _unpack(_Bounded(handle), kind, folder, names, limits, shown)
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which says where a header led
+                raise
+            raise AdapterError(shown, f"the .{kind} archive cannot be read: {error}") from error
+
+
+def _unpack(handle: Any, kind: str, folder: Path, names: Sequence[str], limits: tuple[int, int], shown: str) -> None:
+    members = (_tar_members if kind == "tar" else _zip_members)(handle, limits[1], shown)
+    _check(members, limits, shown)
+    base = _base(members, shown)
+    for name in names:
+        member = next((m for m in members if PurePosixPath(m.name) == base / name), None)
+        if member is not None:
+            _copy(member, folder / name, shown)
 
 
 def _tar_members(handle: IO[bytes], most: int, shown: str) -> list[_Member]:
@@ -168,11 +174,7 @@ def _copy(member: _Member, target: Path, shown: str) -> None:
     left = member.size
     source = member.open()
     assert source is not None, "only a link or a folder has none"
-    with (
-        source,
-        writing(f"{target.name} of {shown}", "choose another cache folder"),
-        target.open("xb") as out,
-    ):
+    with source, target.open("xb") as out:
         while piece := source.read(min(_PIECE, left + 1)):
             left -= len(piece)
             if left < 0:

@@ -146,22 +146,22 @@ class Cache:
         return None
 
     def lease(self, digest: str) -> Lease | None:
-        """An intact entry, marked as used just now; None when there is none, or was a damaged one, which is removed."""
+        """An intact entry, marked as used just now; None when there is none. A damaged one is removed."""
         folder = self.root / "content" / digest
         try:
             lease = Lease(folder)
         except OSError:
             return None
         try:
-            if lease.is_of(folder) and digest_of(folder) == digest:
-                os.utime(folder)
-                return lease
+            if lease.is_of(folder):
+                if digest_of(folder) == digest:
+                    os.utime(folder)
+                    return lease
+                logger.warning("The cached adapter %s is damaged and is fetched again", digest[:16])
+                self._discard(folder)
         except OSError as error:
             logger.warning("The cached adapter %s cannot be read: %s", digest[:16], error)
-        else:
-            logger.warning("The cached adapter %s is damaged and is fetched again", digest[:16])
         lease.close()
-        self._discard(folder)
         return None
 
     def add(self, folder: Path, key: str, marks: str | None, resolved: str | None) -> tuple[Lease, Note]:
@@ -170,8 +170,8 @@ class Cache:
         Raises:
             StorageError: it cannot be written, or has no room.
         """
-        self.make_room(_size(folder))
         with self._writing():
+            self.make_room(_size(folder))
             for file in folder.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())

@@ -16,7 +16,6 @@ from typing import IO
 from filelock import Timeout
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
 
-from ..adapters.source import CONFIG_NAME
 from ..errors import AdapterError, AdapterNotFoundError, SourceUnavailableError
 from ..files.disk import writing
 from .archive import unpack
@@ -86,7 +85,7 @@ def fetch(uri: str, policy: SourcePolicy, cache: Cache) -> Fetched:
         ConfigError: an extra is not installed.
         StorageError: the cache cannot be written, or has no room.
     """
-    if not is_uri(uri) or uri.lower().startswith("file:"):
+    if not is_uri(uri) or uri.lower().startswith("file://"):
         return Fetched(confine(local_path(uri), policy.roots), uri)
     place = policy.place(uri)
     deadline = time.monotonic() + policy.timeout_s
@@ -217,7 +216,7 @@ class _Fetch:
             self._sizes[name] = start = out.seek(0, os.SEEK_END)
             if start != seen.size:
                 with closing(self._source.read(name, seen, start)) as pieces:
-                    self._write(name, pieces, out)
+                    self._write(name, seen.size, pieces, out)
             if self._stop.is_set():
                 return
             length = out.tell()
@@ -229,7 +228,7 @@ class _Fetch:
             del self._partial[name]
             raise self._later(f"the bytes of {name} that came are not those that the source names by their sha256")
 
-    def _write(self, name: str, pieces: Pieces, out: IO[bytes]) -> None:
+    def _write(self, name: str, whole: int | None, pieces: Pieces, out: IO[bytes]) -> None:
         """Write what comes, as long as it is not too much, too slow or too late."""
         since, brought = time.monotonic(), 0
         for offset, piece in pieces:
@@ -245,7 +244,7 @@ class _Fetch:
             if now >= self._deadline:
                 raise self._later(f"it takes longer than {self._policy.timeout_s:g} s")
             if now - since >= self._policy.stall_s:
-                if brought < _SLOWEST * self._policy.stall_s:
+                if brought < _SLOWEST * self._policy.stall_s and out.tell() != whole:
                     raise self._later(f"only {brought} bytes came in {self._policy.stall_s:g} s")
                 since, brought = now, 0
 
@@ -258,10 +257,10 @@ class _Fetch:
         with self._writing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        limits = (self._policy.max_bytes, self._policy.max_files)
-        unpack(work / "archive", kind, folder, self._policy.names, limits, self._place.shown)
-        if {file.name for file in folder.iterdir()} <= {CONFIG_NAME}:
-            raise self._no_weights()
+            limits = (self._policy.max_bytes, self._policy.max_files)
+            unpack(work / "archive", kind, folder, self._policy.names, limits, self._place.shown)
+            if not any((folder / name).exists() for name in self._policy.names[1:]):
+                raise self._no_weights()
         return folder
 
 

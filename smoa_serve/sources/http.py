@@ -16,6 +16,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -113,7 +114,7 @@ class Http:
         if operators_host is not None and not proxy_bypass(operators_host):
             proxy = getproxies().get("https")
         self._pool = httpcore.ConnectionPool(
-            ssl_context=httpx.create_ssl_context(),
+            ssl_context=_trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")),
             network_backend=_Backend(policy if operators_host is None else None, deadline, place.shown),
             proxy=httpcore.Proxy(proxy) if proxy else None,
             max_connections=2 * policy.parallel,
@@ -248,6 +249,12 @@ class HttpSource:
             if found is not None:
                 return {"Authorization": "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
         return {}
+
+
+@lru_cache(maxsize=8)
+def _trust(file: str | None, folder: str | None) -> ssl.SSLContext:
+    """Authorities of the environment, else certifi's; reading them takes longer than a small file."""
+    return httpx.create_ssl_context()
 
 
 def _mark(headers: Mapping[str, str]) -> str | None:

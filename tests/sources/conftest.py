@@ -30,7 +30,7 @@ def make_policy() -> Callable[..., SourcePolicy]:
     """A policy that waits for nothing long."""
 
     def make(*allow: str, **settings: object) -> SourcePolicy:
-        return SourcePolicy(**{"allow": allow, "timeout_s": 20.0, "stall_s": 1.0, "attempts": 3, **settings})  # type: ignore[arg-type]
+        return SourcePolicy(**{"allow": allow, "timeout_s": 60.0, "stall_s": 10.0, "attempts": 3, **settings})  # type: ignore[arg-type]
 
     return make
 
