@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ import httpcore
 import httpx
 
 from ..errors import AdapterError, SourceUnavailableError
-from .policy import SourcePolicy, addresses_of
+from .policy import SourcePolicy
 from .source import Pieces, Seen
 from .uri import Place, masked
 
@@ -70,8 +70,8 @@ class _Stream(httpcore.NetworkStream):
 class _Backend(httpcore.SyncBackend):
     """Connects to the addresses that were judged."""
 
-    def __init__(self, policy: SourcePolicy | None, deadline: float, shown: str) -> None:
-        self._policy, self._deadline, self._shown = policy, deadline, shown
+    def __init__(self, policy: SourcePolicy, deadline: float, shown: str, trusted: Container[str]) -> None:
+        self._policy, self._deadline, self._shown, self._trusted = policy, deadline, shown, trusted
 
     def connect_tcp(
         self,
@@ -81,8 +81,9 @@ class _Backend(httpcore.SyncBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        addresses = addresses_of(host, port)
-        if self._policy is not None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if host not in self._trusted:
             self._policy.check_addresses(host, addresses, self._shown)
         for number, address in enumerate(addresses, 1):
             try:
@@ -102,7 +103,7 @@ class Http:
         policy: its limits; its allowed addresses too, unless the operator's environment names the host.
         deadline: of `time.monotonic()`.
         judge: of redirects.
-        operators_host: the environment names it (HF_ENDPOINT): any address, and the environment's proxies.
+        operators_host: the environment names it (HF_ENDPOINT): any address, and by the environment's proxy.
     """
 
     def __init__(
@@ -110,13 +111,13 @@ class Http:
     ) -> None:
         self._shown, self._judge = place.shown, judge
         self._timeouts = {"connect": _CONNECT_S, "read": policy.stall_s, "write": policy.stall_s}
-        proxy = None
-        if operators_host is not None and not proxy_bypass(operators_host):
-            proxy = getproxies().get("https")
+        said = getproxies().get("https") if operators_host and not proxy_bypass(operators_host) else None
+        proxy = httpcore.Proxy(said) if said else None
+        trusted = {operators_host, proxy.url.host.decode() if proxy else None}
         self._pool = httpcore.ConnectionPool(
             ssl_context=_trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")),
-            network_backend=_Backend(policy if operators_host is None else None, deadline, place.shown),
-            proxy=httpcore.Proxy(proxy) if proxy else None,
+            network_backend=_Backend(policy, deadline, place.shown, trusted),
+            proxy=proxy,
             max_connections=2 * policy.parallel,
         )
 

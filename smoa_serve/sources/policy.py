@@ -1,6 +1,5 @@
 """What may be fetched, from where, and at what cost."""
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from ..adapters.source import ADAPTER_FILES, CONFIG_NAME, WEIGHTS_NAME
 from ..errors import AdapterError, ConfigError, PathNotAllowedError
-from .uri import REMOTE, Place, parse
+from .uri import Place, parse
 
 Network = IPv4Network | IPv6Network
 _LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
@@ -143,16 +142,3 @@ def _inner(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
         return IPv4Address(int(address) & 0xFFFFFFFF)
     teredo = address.teredo
     return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None) or address
-
-
-def addresses_of(host: str, port: int) -> list[str]:
-    """What a name means now, in the resolver's order.
-
-    Raises:
-        OSError: it cannot be resolved.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-__all__ = ["REMOTE", "SourcePolicy", "addresses_of"]

@@ -1,10 +1,9 @@
 """Fetching over https from a server with faults."""
 
 import hashlib
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +190,11 @@ def test_what_may_pass_is_tried_again_and_told_as_such(
         assert content(fetched.folder) == FILES
 
 
+def slow(handler: Any, data: bytes, start: int) -> bool:
+    time.sleep(0.4)
+    return False
+
+
 def in_future(seconds: float) -> str:
     return formatdate(time.time() + seconds, usegmt=True)
 
@@ -356,10 +360,6 @@ def test_a_certificate_that_is_not_trusted_is_refused(
 
 
 def test_many_who_ask_at_once_cause_one_download(legal: str, web: Web, policy: SourcePolicy, cache: Cache) -> None:
-    def slow(handler: Any, data: bytes, start: int) -> bool:
-        time.sleep(0.4)
-        return False
-
     path = "/a/legal/" + WEIGHTS
     web.faults[path] = [slow]
     with ThreadPoolExecutor(16) as pool:
@@ -529,20 +529,24 @@ def test_a_process_that_waits_longer_than_allowed_says_so(
         fetch(legal, policy, cache)
 
 
-def test_one_download_over_several_processes(legal: str, web: Web, cache: Cache, tmp_path: Path) -> None:
-    def slow(handler: Any, data: bytes, start: int) -> bool:
-        time.sleep(3)
-        return False
+def test_one_download_over_several_processes(make_policy: MakePolicy, cache: Cache) -> None:
+    path = f"/a/{WEIGHTS}"
+    with serving("http") as plain:
+        plain.files.update({f"/a/{name}": data for name, data in FILES.items()})
+        plain.faults[path] = [slow]
+        policy = make_policy(plain.url)
 
-    path = "/a/legal/" + WEIGHTS
-    web.faults[path] = [slow]
-    code = (
-        "import sys; from pathlib import Path; from smoa_serve.sources import *\n"
-        "print(fetch(sys.argv[1], SourcePolicy(allow=(sys.argv[1],)), Cache(Path(sys.argv[2]))).digest)"
-    )
-    command = [sys.executable, "-c", code, legal, str(cache.root)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) for _ in range(3)]
-    digests = {process.communicate(timeout=60)[0].strip() for process in running}
-    assert len(digests) == 1
-    assert len(digests.pop()) == 64
-    assert len(web.reads(path)) == 1
+        def in_process(answers: Any) -> None:
+            fetched = fetch(f"{plain.url}/a", policy, cache)
+            answers.put((os.getpid(), fetched.digest, fetched.downloaded))
+
+        forking = multiprocessing.get_context("fork")
+        answers = forking.Queue()
+        running = [forking.Process(target=in_process, args=(answers,)) for _ in range(4)]
+        for process in running:
+            process.start()
+        pids, digests, downloaded = zip(*(answers.get(timeout=60) for _ in running), strict=True)
+        for process in running:
+            process.join(60)
+        assert len(plain.reads(path)) == 1
+    assert (len(set(pids)), len(set(digests)), downloaded.count(True)) == (4, 1, 1)
