@@ -70,7 +70,7 @@ class _Stream(httpcore.NetworkStream):
 class _Backend(httpcore.SyncBackend):
     """Connects to the addresses that were judged."""
 
-    def __init__(self, policy: SourcePolicy, deadline: float, shown: str, trusted: Container[str]) -> None:
+    def __init__(self, policy: SourcePolicy, deadline: float, shown: str, trusted: Container[str | None]) -> None:
         self._policy, self._deadline, self._shown, self._trusted = policy, deadline, shown, trusted
 
     def connect_tcp(

@@ -43,28 +43,31 @@ class HubSource:
     @cached_property
     def _held(self) -> "dict[str, Any] | Path":
         """The repository's files by name, or the folder of them in huggingface_hub's cache."""
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+        if constants.HF_HUB_OFFLINE:
+            local = self._local()
+            if local is None:
+                raise self._absent("HF_HUB_OFFLINE is set, and the hub's own cache does not hold it")
+            return local
         revision, timeout_s = self._place.revision, self._policy.stall_s
         try:
             info = HfApi(endpoint=self._endpoint).model_info(
                 self._repository, revision=revision, timeout=timeout_s, files_metadata=True
             )
         except HFValidationError as error:
-            raise self._absent(error) from None
+            raise self._absent(str(error)) from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", 0)
             if status == 429 or status >= 500:
                 raise SourceUnavailableError(self._place.shown, f"the hub answers {status}") from error
             # The hub says 401 of what is private and of what is not there.
-            raise self._absent(error) from None
+            raise self._absent(str(error)) from None
         except Exception as error:  # no connection: each release of the hub's client has its own class for it
             local = self._local()
             if local is not None:
                 return local
-            if isinstance(error, OfflineModeIsEnabled):
-                raise self._absent(error) from None
             reason = masked(str(error)) or type(error).__name__
             raise SourceUnavailableError(self._place.shown, f"the hub does not answer: {reason}") from error
         if info.sha is None:
@@ -72,8 +75,8 @@ class HubSource:
         self._commit = info.sha
         return {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
-    def _absent(self, error: Exception) -> AdapterNotFoundError:
-        reason = masked(str(error).strip().splitlines()[0])
+    def _absent(self, said: str) -> AdapterNotFoundError:
+        reason = masked(said.strip().partition("\n")[0])
         return AdapterNotFoundError(
             self._place.shown, f"the hub gave none: {reason}; a private one needs HF_TOKEN in the server's environment"
         )
@@ -86,7 +89,7 @@ class HubSource:
             found = snapshot_download(
                 self._repository, revision=self._place.revision, allow_patterns=patterns, local_files_only=True
             )
-        except OSError:
+        except (OSError, ValueError):  # not held, or no name of a repository
             return None
         self._commit = Path(found).name
         return Path(found)

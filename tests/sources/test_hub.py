@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sources_web import CONFIG, WEIGHTS, Fault, Web, content, cut, files_of, left_in, serving, status
@@ -124,11 +125,11 @@ def test_a_host_that_the_hub_redirects_to_is_judged_by_its_address(
     hub: Web, make_policy: MakePolicy, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda host, *rest, **named: real("127.0.0.1" if host == "cdn.example" else host, *rest, **named),
-    )
+
+    def rebound(host: str, *rest: Any, **named: Any) -> Any:
+        return real("127.0.0.1" if host == "cdn.example" else host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebound)
     publish(hub, FILES)
     hub.faults[f"/org/legal/resolve/{FIRST}/{WEIGHTS}"] = [status(302, Location="https://cdn.example/blob")]
     with pytest.raises(PathNotAllowedError, match=r"cdn\.example leads to an address that is not public"):
@@ -154,7 +155,11 @@ def test_a_repository_that_cannot_be_had_is_not_found(
     assert asked(hub) == [LISTING]
 
 
-def test_a_name_that_is_no_repositorys_is_not_found(hub: Web, policy: SourcePolicy, cache: Cache) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_name_that_is_no_repositorys_is_not_found(
+    offline: bool, hub: Web, policy: SourcePolicy, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     with pytest.raises(AdapterNotFoundError, match="the hub gave none"):
         fetch("hf://org/not a repository", policy, cache)
     assert asked(hub) == []
