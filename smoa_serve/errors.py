@@ -66,6 +66,20 @@ class AdapterNotFoundError(AdapterError):
     """There is no adapter at the path given."""
 
 
+class SourceUnavailableError(AdapterError):
+    """An adapter cannot be fetched at the moment; the same call may work later.
+
+    Args:
+        source: as for AdapterError.
+        reasons: likewise.
+        retry_after_s: what the other side asked to wait, seconds; None where it did not say.
+    """
+
+    def __init__(self, source: object, reasons: Sequence[str] | str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(source, reasons)
+        self.retry_after_s = retry_after_s
+
+
 class StorageError(SmoaError):
     """A folder of this machine cannot be written: it is full, read-only, or belongs to somebody else."""
 

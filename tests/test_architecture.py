@@ -16,6 +16,7 @@ STAGES = (
     ("without an engine", ("offline",)),
     ("training", ("peft", "train")),
     ("store", ("store",)),
+    ("sources", ("sources",)),
     ("registry", ("registry",)),
     ("engine", ("engine",)),
     ("residence", ("residence",)),
@@ -30,6 +31,7 @@ KERNELS_FROM = RANK["engine"]  # the first that computes deltas
 FILES = sorted((ROOT / "smoa_serve").rglob("*.py"))
 KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 HEAVY = ("vllm", "triton")
+OBJECT_STORES = ("fsspec", "s3fs", "gcsfs", "adlfs")
 TRAINING = ("peft", "train")
 TRAINERS = ("cli/train.py",)  # which imports it when it trains
 
@@ -101,6 +103,14 @@ def test_serving_never_imports_training(file: Path) -> None:
         return
     names = list(imported(file, ast.parse(file.read_text())))
     assert not [name for name in names if name.split(".")[0] == "peft" or stage_module(name) in TRAINING]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_fsspec_is_known_to_sources_only_and_imported_when_it_is_used(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    if file.relative_to(ROOT / "smoa_serve").parts[0] == "sources":
+        tree = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert not [name for name in imported(file, tree) if name.split(".")[0] in OBJECT_STORES]
 
 
 def test_an_import_against_the_stream_is_seen() -> None:

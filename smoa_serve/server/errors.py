@@ -21,6 +21,7 @@ from smoa_serve.errors import (
     PathNotAllowedError,
     SeveralProcessesError,
     SmoaError,
+    SourceUnavailableError,
     StorageError,
     WorkerError,
 )
@@ -38,6 +39,7 @@ STATUS: dict[type[SmoaError], HTTPStatus] = {
     WorkerError: HTTPStatus.INTERNAL_SERVER_ERROR,
     SeveralProcessesError: HTTPStatus.NOT_IMPLEMENTED,
     EngineGoneError: HTTPStatus.SERVICE_UNAVAILABLE,
+    SourceUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageError: HTTPStatus.INSUFFICIENT_STORAGE,
 }
 
