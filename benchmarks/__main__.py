@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.harness.machine import busy, device_class, facts
+from benchmarks.harness.machine import busy, facts
 from benchmarks.harness.publish import page, publish
 from benchmarks.harness.question import IN_THIS_PROCESS, QUESTIONS, Options, question
 from benchmarks.harness.results import RESULTS, write
@@ -46,11 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     machine = facts(on_cpu=given.what in IN_THIS_PROCESS and given.device == "cpu")
     shared = {"what": given.what, "quick": given.quick, "busy_before": round(load_before, 2), **machine}
-    bars = asked.bars(rows)
+    bars = asked.bars(rows) if hasattr(asked, "bars") else []
     stored = write(shared, [*rows, *(bar.row() for bar in bars)], given.json, RESULTS)
     print(page(given.what, stored))
-    for bar in bars:
-        print(bar.line(device_class(shared)))
     print(f"{given.what}: {time.monotonic() - begin:.0f} s")
     return 0 if all(bar.reached for bar in bars) else 1
 

@@ -5,7 +5,6 @@ import asyncio
 import random
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,11 +13,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import table
+from benchmarks.harness import Bar, Options, Row, of_kind, table
 from benchmarks.harness.models import testing
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.servers import Server, running
 from smoa_serve.errors import SmoaError
 
@@ -30,7 +26,6 @@ TOKENS = 6
 PROMPTS = tuple(tuple(20 + 3 * place % 100 for place in range(length)) for length in (5, 40))
 TOLERANCE = NEAR_TIE = 1e-3  # float32, nats
 WARM_UP = 500  # operations
-LIMIT_S = 3600.0
 Answer = list[tuple[str, float, float]]  # per token: text, logprob, distance of the best two
 
 
@@ -52,10 +47,8 @@ class Churn:
     """Operations and requests against one server, whose names each belong to one task, so that it is always known what
     a name means. `movable` says of each content whether it can be resident or merged."""
 
-    def __init__(
-        self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool], prefix: str = "churn"
-    ) -> None:
-        self._client, self._contents, self._movable, self._prefix = client, contents, movable, prefix
+    def __init__(self, client: httpx.AsyncClient, contents: Sequence[Path], movable: Sequence[bool]) -> None:
+        self._client, self._contents, self._movable = client, contents, movable
         self._random = random.Random(0)
         self._answers: list[list[Answer]] = []
         self.operations = self.requests = 0
@@ -65,7 +58,7 @@ class Churn:
     async def learn(self) -> None:
         """Ask every content alone. Raises ChurnError where two cannot be told apart."""
         for index, path in enumerate(self._contents):
-            name = f"{self._prefix}-alone-{index}"
+            name = f"churn-alone-{index}"
             await self._load(name, index, in_place=False)
             self._answers.append([await self._ask(name, prompt) for prompt in PROMPTS])
             await self._post("/v1/unload_lora_adapter", {"lora_name": name})
@@ -73,20 +66,16 @@ class Churn:
                 if is_close(answers[0], self._answers[-1][0]):
                     raise ChurnError(f"contents {path} and {self._contents[other]} answer alike; make them stronger")
 
-    async def run(
-        self, operations: int, look: Callable[[int], None] | None = None, every: int = 100, limit_s: float = LIMIT_S
-    ) -> None:
-        """So many operations (or as many as take so long), and requests beside them; `look` gets their number every so
-        many of them."""
-        end, watched = self.operations + operations, self.operations + every
-        deadline = time.monotonic() + limit_s
+    async def run(self, operations: int, look: Callable[[int], None] | None = None, every: int = 100) -> None:
+        """So many operations, and requests beside them; `look` gets their number every so many of them."""
+        watched = every
 
         async def work(worker: int) -> None:
             nonlocal watched
-            names = [f"{self._prefix}-{worker}-{index}" for index in range(NAMES)]
+            names = [f"churn-{worker}-{index}" for index in range(NAMES)]
             loaded: dict[str, int] = {}  # what a name means
             merged: str | None = None
-            while self.operations < end and time.monotonic() < deadline and not self.wrong:
+            while self.operations < operations and not self.wrong:
                 name = merged or self._random.choice(names)
                 merged = await self._operate(name, loaded, may_merge=worker == 0, is_merged=name == merged)
                 self.operations += 1
@@ -167,17 +156,13 @@ def anon_kib(session: int) -> dict[str, int]:
 
 
 def sample(session: int, client: httpx.Client, operations: int) -> Row:
-    """Look at a server: anonymous memory by process title (pages of files are shared with whoever reads them), what
-    /metrics holds, the memory fields of the first worker's `smoa_status`."""
+    """Look at a server: anonymous memory by process title (pages of files are shared with whoever reads them), and the
+    series of adapters that /metrics holds."""
     text = client.get("/metrics").raise_for_status().text
     series = sum(line.startswith("vllm:lora_requests_info{") for line in text.splitlines())
-    answer = client.post("/collective_rpc", json={"method": "smoa_status"})
-    status = answer.json()["results"][0] if answer.is_success else {}
-    kept = ("partition_bytes", "partitions", "host_bytes", "contents", "tokens")
     sizes = anon_kib(session)
     row = {"kind": "sample", "operations": operations, "anon_kib": sizes, "total_kib": sum(sizes.values())}
-    row |= {"metrics_bytes": len(text), "lora_series": series}
-    return row | {"status": {key: status[key] for key in kept if key in status}}
+    return row | {"lora_series": series}
 
 
 def make_contents(base: Path, folder: Path, count: int = CONTENTS) -> tuple[list[Path], list[bool]]:
@@ -201,11 +186,7 @@ def cases(options: Options) -> tuple[int, int]:
 
 
 def measure(case: tuple[int, int], options: Options) -> list[Row]:
-    """A row per look at the server, and one of the whole run.
-
-    Raises:
-        ChurnError: an answer was wrong, or something was refused.
-    """
+    """A row per look at the server, and one of the whole run. Raises ChurnError if an answer was wrong, or refused."""
     operations, every = case
     samples: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="smoa-churn-") as name:
@@ -217,7 +198,7 @@ def measure(case: tuple[int, int], options: Options) -> list[Row]:
         flags += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enable-lora"]
         flags += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-lora-rank", "8"]
         environment = {"OMP_NUM_THREADS": "1", "SMOA_STORE_DIR": str(folder / "store")}
-        environment |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60", "VLLM_SERVER_DEV_MODE": "1"}  # for the workers' accounts
+        environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"
         with running(base, [Server("churn", True, {}, tuple(flags), environment)]) as servers:
             server = servers["churn"]
 
@@ -256,9 +237,8 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 def section(rows: Sequence[Row]) -> str:
     (whole,), samples = of_kind(rows, "churn"), of_kind(rows, "sample")
     done = ", ".join(f"{name} {count:,}" for name, count in whole["done"].items())
-    words = (
-        f"{whole['operations']:,} operations ({done}), {whole['requests']:,} requests, {whole['wrong']} wrong answers."
-    )
+    words = "{operations:,} operations ({done}), {requests:,} requests, {wrong} wrong answers."
+    words = words.format_map(whole | {"done": done})
     memory = {"operations": "{operations:,}", "memory, MiB": lambda row: f"{row['total_kib'] / 1024:.1f}"}
     some = [*samples[:: max(1, len(samples) // 10)], samples[-1]]
     return f"{words}\n\n{table(memory, some)}"

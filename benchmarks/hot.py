@@ -1,6 +1,5 @@
 """A hot adapter: the traffic it gets, where it is put, what a move does to running streams, what the policy does."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
+from itertools import count, pairwise
 from random import Random
 from typing import Any
 
 import httpx
 
 from benchmarks.harness.results import Row
-from smoa_serve.cli.client import ServerClient, ServerError
+from smoa_serve.cli.client import ServerClient
 from smoa_serve.cli.loadgen import PROMPT_IDS, TIMEOUT_S
+from smoa_serve.testing import ServerProcess
 
 PROMPTS, PROMPT_TOKENS = 4, 48
 STREAM_PROMPT_TOKENS, SETTLED_TOKENS = 16, 30  # of a stream during which adapters move; tokens before the first move
@@ -62,8 +62,8 @@ class Place(StrEnum):
 class Hot:
     """The hot adapter of one server. The automatic policy leaves all adapters where they are, until it is let in."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self._client, self.url, self.name = ServerClient(url), url, name
+    def __init__(self, server: ServerProcess, name: str) -> None:
+        self._client, self.openai, self.url, self.name = ServerClient(server.url), server.client(), server.url, name
         self.place = Place.SLOT
         self._all("pin")
 
@@ -99,31 +99,26 @@ class Hot:
         return report
 
     def policy(self) -> Row:
-        """What the automatic policy says of itself."""
-        response = httpx.get(f"{self.url}/v1/smoa/policy", timeout=TIMEOUT_S).raise_for_status()
-        return dict(response.json())
+        return dict(httpx.get(f"{self.url}/v1/smoa/policy", timeout=TIMEOUT_S).raise_for_status().json())
 
     @property
     def shown(self) -> str:
-        """Where the server says that it is."""
         return next(str(entry["residence"]) for entry in self._client.adapters() if entry["name"] == self.name)
 
 
-def scores(url: str, model: str) -> Scores:
+def scores(client: Any, model: str) -> Scores:
     """Logprobs of fixed random prompts, by a server that caches no prefixes: without sampling rounding cannot lead two
     runs apart."""
     rng = Random(7)
     found: Scores = []
     for _ in range(PROMPTS):
         prompt = rng.choices(PROMPT_IDS, k=PROMPT_TOKENS)
-        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
-        response = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
-        _check(response, model)
-        places: list[dict[str, Any] | None] = response.json()["choices"][0]["prompt_logprobs"]
-        for token, place in zip(prompt, places, strict=True):
-            if place is not None:  # the first token follows nothing
-                best = next(key for key, entry in place.items() if entry["rank"] == 1)
-                found.append((float(place[str(token)]["logprob"]), best))
+        asked = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0}
+        answer = client.completions.create(**asked, extra_body={"prompt_logprobs": 1})
+        # The first token follows nothing.
+        for token, place in zip(prompt[1:], answer.choices[0].prompt_logprobs[1:], strict=True):
+            best = next(key for key, entry in place.items() if entry["rank"] == 1)
+            found.append((float(place[str(token)]["logprob"]), best))
     return found
 
 
@@ -143,7 +138,7 @@ def stalls(hot: Hot, models: Sequence[str], tokens: int, cycles: int) -> Row:
         times: list[list[float]] = [[] for _ in models]
         moves = []
         with ThreadPoolExecutor(len(models)) as pool:
-            streams = [pool.submit(_stream, hot.url, *each, tokens) for each in zip(models, times, strict=True)]
+            streams = [pool.submit(_stream, hot.openai, *each, tokens) for each in zip(models, times, strict=True)]
             while min(map(len, times)) < SETTLED_TOKENS and not all(stream.done() for stream in streams):
                 time.sleep(0.01)
             while not any(stream.done() for stream in streams):
@@ -178,20 +173,12 @@ def _overlap(gap: Window, window: Window) -> bool:
     return gap[1] > window[0] and gap[0] < window[1]
 
 
-def _stream(url: str, model: str, times: list[float], tokens: int) -> None:
+def _stream(client: Any, model: str, times: list[float], tokens: int) -> None:
     prompt = Random(0).choices(PROMPT_IDS, k=STREAM_PROMPT_TOKENS)
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
-    body |= {"ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as response:
-        _check(response, model)
-        for line in response.iter_lines():
-            if line.startswith("data: {") and json.loads(line.removeprefix("data: ")).get("choices"):
-                times.append(time.perf_counter())
-
-
-def _check(response: httpx.Response, model: str) -> None:
-    if not response.is_success:
-        raise ServerError(f"{model}: {response.status_code}: {response.read().decode(errors='replace')[:500]}")
+    asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
+    for chunk in client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}):
+        if chunk.choices:
+            times.append(time.perf_counter())
 
 
 def settle(hot: Hot, once: Callable[[int], object], limit_s: float) -> Row:
@@ -200,10 +187,8 @@ def settle(hot: Hot, once: Callable[[int], object], limit_s: float) -> Row:
     known = {str(decision) for decision in hot.policy()["decisions"]}
     moves: list[str] = []
     begin = last = time.monotonic()
-    seed = 1000  # of no repeat that counts
-    while True:
+    for seed in count(1000):  # of no repeat that counts
         once(seed)
-        seed += 1
         now, policy = time.monotonic(), hot.policy()
         new = [one for one in reversed(policy["decisions"]) if str(one) not in known]
         known |= {str(one) for one in new}
@@ -211,4 +196,5 @@ def settle(hot: Hot, once: Callable[[int], object], limit_s: float) -> Row:
         if new or policy["moving"]:
             last = now
         if now - last > SETTLED_S or now - begin > limit_s:
-            return {"seconds": now - begin, "settled": now - last > SETTLED_S, "moves": moves, "hot": hot.shown}
+            break
+    return {"seconds": now - begin, "settled": now - last > SETTLED_S, "moves": moves, "hot": hot.shown}

@@ -1,7 +1,6 @@
 """How long does a delta take on one layer, beside the base GEMM, the floor and other ways to compute it?"""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,11 +14,8 @@ from benchmarks.delta.cases import EQUAL, GRIDS, LONG_TOKENS, Case, shapes
 from benchmarks.delta.floor import Ceilings, measure_ceilings, works
 from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import FORCED_WAYS, Step
-from benchmarks.harness import ops, timing
-from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import Columns, table
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness import Bar, Columns, Options, Row, of_kind, ops, table, timing
+from benchmarks.harness.results import grouped
 from benchmarks.harness.timing import MOST_WAITING, Budget
 
 BASE, DENSE, SINGLE_PASS = "base", "dense", "single pass"
@@ -46,14 +42,8 @@ def measure(chosen: Sequence[tuple[int, Sequence[Case]]], options: Options) -> l
     device, ceilings = torch.device(options.device), measure_ceilings(torch.device(options.device))
     own = [name for name in ops.available_implementations(device, DTYPE) if name != "reference"]
     print(f"{ceilings}; implementations {', '.join(own)}")
-    shared = {
-        "kind": "kernels",
-        "device": device.type,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
-        "ceilings": asdict(ceilings),
-    }
+    shared: Row = {"kind": "kernels", "device": device.type, "threads": torch.get_num_threads()}
+    shared["ceilings"] = asdict(ceilings)
     rows = []
     for slots, points in chosen:
         first = points[0]
@@ -68,25 +58,20 @@ def measure(chosen: Sequence[tuple[int, Sequence[Case]]], options: Options) -> l
 def _measure_point(step: Step, own: Sequence[str], ceilings: Ceilings, budget: Budget) -> Row:
     case, device, copies = step.case, step.x.device, len(step.copies)
     deltas = step.deltas(own)
-    others, skipped = baselines.plain_calls(step, own[0])
-    slow = {}
+    others, slow = baselines.plain_calls(step, own[0]), {}
     if case.workload == EQUAL and case.tokens == DENSE_TOKENS and case.adapters in DENSE_ADAPTERS:
         slow = {DENSE: baselines.dense(step)}
     step.gate(deltas | others | slow)
     calls = {BASE: step.base(), **deltas, **others, **baselines.lora(step)}
-    if LORA_TORCH in calls:
-        skipped[LORA] = "vLLM's CPU kernel would copy too many factors"
     single_pass = step.single_pass()
     if single_pass is not None:
-        step.gate_single_pass(single_pass, deltas[own[0]])
+        step.gate_single_pass(single_pass)
         calls[SINGLE_PASS] = single_pass
     times = timing.measure(calls, copies, device, budget)
     if slow:
         beside = timing.measure(slow | {own[0]: deltas[own[0]]}, copies, device, DENSE_BUDGET)
         times |= {DENSE: beside[DENSE], f"{own[0]} beside {DENSE}": beside[own[0]]}
-    else:
-        skipped[DENSE] = f"it is measured at {DENSE_TOKENS} tokens; it forms the same matrices at any number"
-    return point_row(case, times, own, ceilings) | {"skipped": skipped}
+    return point_row(case, times, own, ceilings)
 
 
 def point_row(case: Case, times: Row, own: Sequence[str], ceilings: Ceilings) -> Row:
@@ -177,8 +162,7 @@ def section(rows: Sequence[Row]) -> str:
     if any(SINGLE_PASS in row["over_base"] for row in equal):
         words = "Base product and delta in one pass over the weight, over the base GEMM's time (1.00: a free delta):"
         parts.append(f"{words}\n\n{summary(lambda row: SINGLE_PASS)}")
-    for layer in dict.fromkeys(row["layer"] for row in equal):
-        here = [row for row in equal if row["layer"] == layer]
+    for layer, here in grouped(equal, "layer").items():
         title = f"<summary>{layer}: all {len(here)} points, microseconds</summary>"
         parts.append(f"<details>{title}\n\n{_layer_table(here)}\n\n</details>")
     dense: Columns = {
@@ -206,10 +190,8 @@ def _ceilings_line(rows: Sequence[Row]) -> str:
     threads = f", {rows[0]['threads']} threads" if rows[0]["device"] == "cpu" else ""
     disturbed = sum(map(_disturbed, rows))
     ceilings = f"Ceilings measured at the start of each run{threads}: {', '.join(speeds)}."
-    noted = (
-        f"At {disturbed} of {len(rows)} points (†) a thread waited for a core more than {MOST_WAITING:.0%} of the time."
-    )
-    return f"{ceilings} {noted}" if disturbed else ceilings
+    waited = f"(†) a thread waited for a core more than {MOST_WAITING:.0%} of the time."
+    return f"{ceilings} At {disturbed} of {len(rows)} points {waited}" if disturbed else ceilings
 
 
 def _pivot(rows: Iterable[Row], what: Columns, columns: Mapping[Any, str], place: Any, name: Any) -> str:

@@ -36,13 +36,12 @@ Reach = dict[str, float]
 
 @dataclass(frozen=True)
 class Fit:
-    """How one adapter is trained."""
-
     method: str  # one of METHODS
     rank: int  # of LoRA; the others get the rank with as many parameters
     learning_rate: float = 0.0  # of Adam, falling to zero in a straight line
     steps: int = 0
     seed: int = 0  # of factors, order and data
+    num_blocks: int = NUM_BLOCKS  # of SMoA
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,13 @@ def adapt(model: nn.Module, fit: Fit, targets: list[str] | str) -> Any:
     from smoa_serve.peft import SMoAConfig, SMoALinear
 
     torch.manual_seed(fit.seed)
-    rank = fit.rank * NUM_BLOCKS
+    rank = fit.rank * fit.num_blocks
     if fit.method in (LORA, DORA):
         config = LoraConfig(r=fit.rank, lora_alpha=fit.rank, target_modules=targets, use_dora=fit.method == DORA)
     elif fit.method == HIRA:
         config = HiraConfig(r=fit.rank, target_modules=targets)
     else:
-        sizes = {"r": rank, "num_blocks": NUM_BLOCKS, "lora_alpha": rank, "lora_dropout": 0.0}
+        sizes = {"r": rank, "num_blocks": fit.num_blocks, "lora_alpha": rank, "lora_dropout": 0.0}
         config = SMoAConfig(**sizes, target_modules=targets)
     adapted = get_peft_model(model, config)
     if fit.method == SHUFFLED:  # a random permutation in the place of the spectral order; the same sizes and ranks
@@ -199,13 +198,18 @@ def sentences(dialect: str | None, seed: int, characters: int) -> str:
     return "".join(lines)[:characters]
 
 
-def character_model(weights: Path | None = None) -> Any:
-    """A llama of two layers that reads characters, with random weights or these."""
+def llama(hidden: int, wide: int, layers: int, vocabulary: int, heads: int, key_heads: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": len(ALPHABET)}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
+    sizes = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    attention = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **attention, use_cache=False))
+
+
+def character_model(weights: Path | None = None) -> Any:
+    """A llama of two layers that reads characters, with random weights or these."""
+    model = llama(64, 128, 2, len(ALPHABET), 2, 2)
     if weights is not None:
         model.load_state_dict(torch.load(weights, weights_only=True))
     return model
@@ -232,7 +236,6 @@ def dialect(kind: str, fit: Fit, base_file: Path) -> Result:
 
 @torch.no_grad()
 def held_out(model: Any, kind: str | None) -> float:
-    """Loss on new sentences."""
     return float(_loss(model, kind, 999_999, 64))
 
 

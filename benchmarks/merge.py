@@ -8,15 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import hot
-from benchmarks.harness import models
-from benchmarks.harness.bars import Bar, median_bar, ratio_bar
-from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
-from benchmarks.harness.markdown import LOAD, load_words, table
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness import LOAD, Bar, Options, Row, median_bar, models, of_kind, ratio_bar, table
+from benchmarks.harness.load import Load, Repeat, figures, take_turns
+from benchmarks.harness.markdown import load_words
 from benchmarks.harness.servers import Server, ServerProcess, on_gpu, running
 from benchmarks.hot import ALONE, HOT_20, HOT_50, HOT_90, ZIPF, Hot, Place, Traffic
-from smoa_serve.cli.loadgen import make_jobs
 from smoa_serve.errors import SmoaError
 
 RANK, NUM_BLOCKS = 16, 4
@@ -40,8 +36,6 @@ class ParityError(SmoaError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
-
     shape: models.Shape
     load: Load
     requests: int  # of one repeat
@@ -52,20 +46,11 @@ class Plan:
     cycles: int  # merges and un-merges whose stalls are measured
     pairs: int  # back to back, of base and merged adapter, and of policy and best fixed choice; an even number
 
-    def variants(self) -> list[tuple[Traffic, str]]:
-        """What a round measures."""
-        return [
-            (traffic, str(variant))
-            for traffic in self.traffics
-            for variant in (BASE_ONLY, *Place, *([LORA] if traffic in self.lora else []))
-        ]
-
     def ask(self, server: ServerProcess, traffic: Traffic, variant: str, seed: int) -> Repeat:
         """One repeat; every variant gets the same prompts in the same order."""
         name = {BASE_ONLY: "base", LORA: "lora-{}"}.get(variant, "smoa-{}")
         asked = [name.format(adapter) for adapter in traffic.adapters(self.requests, ADAPTERS, seed)]
-        jobs = make_jobs(asked, self.requests, self.load.input_tokens, self.load.output_tokens, seed)
-        return one_repeat(server, jobs, self.load.streams)
+        return self.load.send(server, asked, self.requests, seed)
 
 
 QUICK = Plan(models.QWEN_05B_QUICK, Load(16, 32, 16), 20, 2, (ALONE, HOT_90), (HOT_90,), 40.0, 2, 4)
@@ -78,22 +63,29 @@ def cases(options: Options) -> Plan:
 
 
 def measure(plan: Plan, options: Options) -> list[Row]:
-    """The gate, stalls, pairs of base and merged, rounds of all variants, pairs of policy and best fixed choice.
-
-    Raises:
-        ParityError: something answers differently when the hot adapter is merged.
-    """
+    """The gate, stalls, pairs of base and merged, rounds of all variants, pairs of policy and best fixed choice."""
     base = models.random_base(plan.shape)
     with running(base, _servers(base)) as servers:
-        hots = [Hot(servers[name].url, HOT) for name in (SMOA, SECOND)]
+        hots = [Hot(servers[name], HOT) for name in (SMOA, SECOND)]
         rows = list(_parity(hots[0]))
         for asked in (("base",), ("base", HOT, "smoa-1", "smoa-2")):
             row = {"kind": "stall", "streams": len(asked)}
             rows.append(row | hot.stalls(hots[0], asked, STREAM_TOKENS, plan.cycles))
-        ask = partial(_ask, plan, servers, hots[0])
         asks = [partial(plan.ask, servers[name]) for name in (SMOA, SECOND)]
         rows += pairs(hots[0], plan.pairs, asks[0])
-        rounds = take_turns(plan.variants(), plan.rounds, lambda variant, seed: ask(*variant, seed))
+
+        def ask(variant: tuple[Traffic, str], seed: int) -> Repeat:
+            if variant[1] == LORA:
+                time.sleep(POLLING_S)
+                found = plan.ask(servers[LORA], *variant, seed)
+                time.sleep(POLLING_S)
+                return found
+            hots[0].bring(Place.SLOT if variant[1] == BASE_ONLY else Place(variant[1]))
+            return asks[0](*variant, seed)
+
+        names = (BASE_ONLY, *map(str, Place), LORA)
+        variants = [(of, name) for of in plan.traffics for name in names if name != LORA or of in plan.lora]
+        rounds = take_turns(variants, plan.rounds, ask)
         rows += [_load_row("merging", traffic, variant, found) for (traffic, variant), found in rounds.items()]
         best = {traffic: best_place(rounds, traffic) for traffic in plan.traffics}
         rows += policy_pairs(hots, best, asks, plan.pairs, plan.run_in_s)
@@ -116,32 +108,19 @@ def _servers(base: Path) -> list[Server]:
 def _parity(mine: Hot) -> Iterator[Row]:
     """The gate: everybody's answers at every place of the hot adapter against those with everything in its slot."""
     asked = ("base", HOT, "smoa-1")
-    before = {model: hot.scores(mine.url, model) for model in asked}
+    before = {model: hot.scores(mine.openai, model) for model in asked}
     for place in (Place.RESIDENT, Place.COMPENSATE, Place.EXCLUSIVE, Place.SLOT):
         report = mine.bring(place, **({"check": True} if place is Place.COMPENSATE else {}))
         wanted = ("lost", "largest_logprob_difference", "tokens_agree")
         checked = {key: report[key] for key in wanted if key in report}
         for model in asked:
-            found = hot.difference(before[model], hot.scores(mine.url, model))
+            found = hot.difference(before[model], hot.scores(mine.openai, model))
             print(f"{place}: {model}: {found}")
             if found["largest"] > CLOSE:
                 raise ParityError(f"with {HOT} {place}, logprobs of {model} differ by {found['largest']:.3f} nats")
             yield {"kind": "parity", "place": place, "asked": model, **found, **checked}
         if mine.shown != place.partition(",")[0]:
             raise ParityError(f"{HOT} should be {place}, and the server says that it is {mine.shown}")
-
-
-def _ask(
-    plan: Plan, servers: Mapping[str, ServerProcess], mine: Hot, traffic: Traffic, variant: str, seed: int
-) -> Repeat:
-    """One repeat of a variant, the hot adapter where it belongs."""
-    if variant == LORA:
-        time.sleep(POLLING_S)
-        found = plan.ask(servers[LORA], traffic, variant, seed)
-        time.sleep(POLLING_S)
-        return found
-    mine.bring(Place.SLOT if variant == BASE_ONLY else Place(variant))
-    return plan.ask(servers[SMOA], traffic, variant, seed)
 
 
 def pairs(mine: Hot, count: int, ask: Ask) -> Iterator[Row]:
@@ -160,11 +139,7 @@ def pairs(mine: Hot, count: int, ask: Ask) -> Iterator[Row]:
 
 def best_place(results: Mapping[tuple[Traffic, str], Sequence[Repeat]], traffic: Traffic) -> Place:
     """The fixed choice that was the fastest."""
-
-    def speed(place: Place) -> float:
-        return statistics.median(repeat.load.tokens_per_s for repeat in results[traffic, str(place)])
-
-    return max(Place, key=speed)
+    return max(Place, key=lambda place: figures(results[traffic, place])["tokens_per_s"])
 
 
 def policy_pairs(
@@ -229,13 +204,8 @@ def section(rows: Sequence[Row]) -> str:
         "un-merge": lambda row: _spread(row["unmerge_ms"]),
         "a merge takes": lambda row: f"{statistics.median(row['seconds']):.1f} s",
     }
-    changed = {
-        "hot adapter is": "{place}",
-        "asked": "{asked}",
-        "largest difference": "{largest:.4f}",
-        "mean": "{mean:.4f}",
-        "same best token": "{best_agree:.1%}",
-    }
+    changed = {"hot adapter is": "{place}", "asked": "{asked}", "largest difference": "{largest:.4f}"}
+    changed |= {"mean": "{mean:.4f}", "same best token": "{best_agree:.1%}"}
     checked = next(row for row in parity if row.get("largest_logprob_difference") is not None)
     parts += [table(stall, of_kind(rows, "stall")), table(changed, parity)]
     parts.append(

@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -18,10 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import learning
-from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import table
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness import Options, Row, of_kind, table
 from benchmarks.learning import METHODS, SHUFFLED, SMOA, Fit, Result
 
 GRID = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # learning rates, the same for every method
@@ -60,25 +57,21 @@ def measure(plan: Plan, options: Options) -> list[Row]:
         taught = partial(learning.dialect, base_file=base)
         tasks += [("dialect", kind, learning.CHARACTER_RANK, plan.dialect_steps, taught) for kind in learning.DIALECTS]
         for family, kind, rank, steps, task in tasks:
-            fit = Fit("", rank, steps=steps, seed=SEARCH_SEED)
-            found = _compare(pool, partial(task, kind), fit, plan.seeds)
+            found = _compare(pool, partial(task, kind), Fit("", rank, steps=steps), plan.seeds)
             rows += ({"kind": family, "task": kind, **row} for row in found)
         untouched = {kind: learning.held_out(learning.character_model(base), kind) for kind in learning.DIALECTS}
     return [*rows, {"kind": "base", "loss_of_its_own_dialect": learnt, **untouched}]
 
 
 def _compare(pool: ProcessPoolExecutor, task: Callable[[Fit], Result], fit: Fit, seeds: int) -> Iterator[Row]:
-    """Search, then report, for every method."""
-    fits = {(method, rate): replace(fit, method=method, learning_rate=rate) for method in METHODS for rate in GRID}
-    searched = {key: pool.submit(task, one) for key, one in fits.items()}
+    def submit(method: str, rate: float, seed: int) -> Future[Result]:
+        return pool.submit(task, replace(fit, method=method, learning_rate=rate, seed=seed))
+
+    searched = {(method, rate): submit(method, rate, SEARCH_SEED) for method in METHODS for rate in GRID}
     error = {key: _error(future.result()) for key, future in searched.items()}
     best = {method: min(GRID, key=lambda rate: error[method, rate]) for method in METHODS}
-    measured = {
-        method: [
-            pool.submit(task, replace(fits[method, best[method]], seed=SEARCH_SEED + 1 + seed)) for seed in range(seeds)
-        ]
-        for method in METHODS
-    }
+    others = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + seeds)
+    measured = {method: [submit(method, best[method], seed) for seed in others] for method in METHODS}
     for method in METHODS:
         results = [future.result() for future in measured[method]]
         errors = [_error(result) for result in results]
@@ -98,11 +91,6 @@ def _compare(pool: ProcessPoolExecutor, task: Callable[[Fit], Result], fit: Fit,
 
 def _error(result: Result) -> float:
     return result.error if result.error == result.error else float("inf")  # not a number: it diverged
-
-
-def bars(rows: Sequence[Row]) -> list[Bar]:
-    """None: what held and what did not is said in docs/method.md."""
-    return []
 
 
 def section(rows: Sequence[Row]) -> str:

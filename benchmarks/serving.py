@@ -1,9 +1,8 @@
 """What do adapters cost end to end? The base alone and with the plugin, SMoA adapters, vLLM's own LoRA adapters."""
 
-import asyncio
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,14 +11,11 @@ from benchmarks.delta import baselines
 from benchmarks.delta.cases import Case, LayerShape
 from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import Step
-from benchmarks.harness import models, ops, timing
-from benchmarks.harness.bars import Bar, median_bar, ratio_bar
-from benchmarks.harness.load import Load, Repeat, figures, one_repeat, take_turns
-from benchmarks.harness.markdown import LOAD, load_words, setup_line, table
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness import LOAD, Bar, Options, Row, median_bar, models, of_kind, ops, ratio_bar, table, timing
+from benchmarks.harness.load import Load, Repeat, figures, take_turns
+from benchmarks.harness.markdown import load_words, setup_line
+from benchmarks.harness.results import grouped
 from benchmarks.harness.servers import FLAGS, Server, running
-from smoa_serve.cli.loadgen import make_jobs, run_load
 
 CONFIGURATIONS = ((16, 4), (32, 8))  # (r, K): both have r/K = 4, as many parameters as LoRA of rank 4
 LORA_RANK = 4
@@ -32,8 +28,6 @@ COLOURS = {"base": "#8c8c8c", "LoRA": "#4c78a8", "SMoA": "#e4572e"}
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured of one model."""
-
     shape: models.Shape | None  # None = the demo's
     load: Load
     repeats: int
@@ -72,13 +66,11 @@ def _compare(plan: Plan) -> Iterator[Row]:
     load = plan.load
     with running(base, servers) as processes:
         for server, asked in variants.values():  # adapters come into their slots, buffers into being
-            jobs = make_jobs(asked, max(load.streams, len(asked)), load.input_tokens, 4)
-            asyncio.run(run_load(processes[server].url, jobs, load.streams))
+            replace(load, output_tokens=4).send(processes[server], asked, max(load.streams, len(asked)))
 
         def ask(variant: str, seed: int) -> Repeat:
             server, asked = variants[variant]
-            jobs = make_jobs(asked, load.streams, load.input_tokens, load.output_tokens, seed)
-            return one_repeat(processes[server], jobs, load.streams)
+            return load.send(processes[server], asked, load.streams, seed)
 
         results = take_turns(list(variants), plan.repeats, ask)
     shared = {"kind": "serving", "model": plan.shape.name if plan.shape else "demo", "load": asdict(load)}
@@ -105,8 +97,7 @@ def delta_row(shape: models.Shape, rank: int, num_blocks: int, plan: Plan) -> Ro
                     seconds[name][i] += us / 1e6 * times * shape.num_hidden_layers
     ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
     medians = {f"{name}_s": statistics.median(found) for name, found in seconds.items()}
-    shared = {"kind": "delta", "model": shape.name, "rank": rank, "num_blocks": num_blocks}
-    return {**shared, **medians, "ratios": ratios}
+    return {"kind": "delta", "model": shape.name, "rank": rank, "num_blocks": num_blocks, **medians, "ratios": ratios}
 
 
 def layer_shapes(shape: models.Shape) -> list[LayerShape]:
@@ -119,7 +110,7 @@ def layer_shapes(shape: models.Shape) -> list[LayerShape]:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    found = {row["variant"]: row["values"] for row in next(iter(_by_model(rows).values()))}
+    found = {row["variant"]: row["values"] for row in next(iter(grouped(of_kind(rows, "serving"), "model").values()))}
     stock, lora = f"base, {STOCK}", f"{ADAPTERS} LoRA r={LORA_RANK}"
     plugin = found[f"base, {PLUGIN}"]
     bars = [
@@ -138,7 +129,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 def section(rows: Sequence[Row]) -> str:
     parts = []
-    for model, found in _by_model(rows).items():
+    for model, found in grouped(of_kind(rows, "serving"), "model").items():
         parts.append(f"**{model}**, {load_words(found[0])}\n\n{table({'variant': '{variant}', **LOAD}, found)}")
     what = {f"{ADAPTERS} adapters, all layers, the whole load": "r={rank}, K={num_blocks}"}
     times = {"smoa_delta": "{own_s:.2f} s", "dense dW each forward": "{dense_s:.1f} s"}
@@ -147,7 +138,7 @@ def section(rows: Sequence[Row]) -> str:
 
 def short_section(rows: Sequence[Row]) -> str:
     """The picture of `draw` and what it shows, for the README."""
-    model, found = next(iter(_by_model(rows).items()))
+    model, found = next(iter(grouped(of_kind(rows, "serving"), "model").items()))
     words = f"{model} with random weights, {load_words(found[0])}. {setup_line(rows[0])}"
     return f"![Tokens per second of base, LoRA and SMoA adapters](docs/serving.png)\n\n{words}"
 
@@ -156,7 +147,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_model = _by_model(rows)
+    by_model = grouped(of_kind(rows, "serving"), "model")
     figure = Figure(figsize=(6.5 * len(by_model), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (model, found) in zip(figure.subplots(1, len(by_model), squeeze=False)[0], by_model.items(), strict=True):
@@ -169,10 +160,3 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     figure.suptitle(f"{rows[0]['hardware']}, {rows[0]['cores']} cores")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "serving.png", dpi=130)
-
-
-def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    serving = of_kind(rows, "serving")
-    return {
-        model: [row for row in serving if row["model"] == model] for model in dict.fromkeys(r["model"] for r in serving)
-    }

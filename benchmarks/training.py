@@ -17,11 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import timing
-from benchmarks.harness.bars import Bar, median_bar, ratio_bar
-from benchmarks.harness.markdown import Columns, table
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
+from benchmarks.harness import Bar, Columns, Options, Row, median_bar, of_kind, ratio_bar, table, timing
+from benchmarks.learning import SMOA, Fit, adapt, llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 VARIANTS = ("base", "ours", "dense")
@@ -98,7 +95,6 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def _adapter_bytes(row: Row, variant: str) -> int:
-    """Peak above the base's."""
     return int(row["peak_bytes"][variant] - row["peak_bytes"]["base"])
 
 
@@ -127,7 +123,6 @@ class DenseFormulation(nn.Module):
         self.anchors = [block.weight(layer.matrix, torch.float32) for block in self.blocks]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus x times the dense update."""
         delta = torch.zeros(self.base_layer.weight.shape, device=x.device)
         for block, a, b, anchor in zip(self.blocks, self.a, self.b, self.anchors, strict=True):
             delta[block.rows[:, None], block.cols] = (b @ a) * anchor * self.scaling
@@ -136,21 +131,15 @@ class DenseFormulation(nn.Module):
 
 def make_model(variant: str, setting: Setting) -> nn.Module:
     """A llama of hidden size 1024 with 8 layers and random weights; the same numbers for every variant."""
-    from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from smoa_serve.peft import SMoALinear
 
-    from smoa_serve.peft import SMoAConfig, SMoALinear
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 1024}
-    config = LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4, use_cache=False)
-    model = LlamaForCausalLM(config).to(getattr(torch, setting.dtype)).requires_grad_(False)
+    model: nn.Module = llama(1024, 2816, 8, 1024, 16, 4).to(getattr(torch, setting.dtype)).requires_grad_(False)
     # As with adapters below: gradients flow through the whole model, so that only the adapters make the difference.
     model.enable_input_require_grads()
     if variant == "base":
         return model
-    shape = {"r": setting.rank, "num_blocks": setting.num_blocks, "lora_alpha": setting.rank}
-    adapted: nn.Module = get_peft_model(model, SMoAConfig(**shape, lora_dropout=0.0, target_modules=list(TARGETS)))
+    fit = Fit(SMOA, setting.rank // setting.num_blocks, num_blocks=setting.num_blocks)
+    adapted: nn.Module = adapt(model, fit, list(TARGETS))
     if variant == "dense":
         for name, layer in list(adapted.named_modules()):
             if isinstance(layer, SMoALinear):

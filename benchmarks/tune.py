@@ -10,20 +10,13 @@ import torch
 from benchmarks.delta.cases import Case, LayerShape, shapes
 from benchmarks.delta.layers import DTYPE, build_layers
 from benchmarks.delta.step import Step
-from benchmarks.harness import ops, timing
-from benchmarks.harness.bars import Bar
-from benchmarks.harness.markdown import Columns, table
+from benchmarks.harness import Columns, Options, Row, of_kind, ops, table, timing
 from benchmarks.harness.ops import CostModel, Way
-from benchmarks.harness.question import Options
-from benchmarks.harness.results import Row, of_kind
 from benchmarks.harness.timing import Budget
 from smoa_serve.errors import ConfigError
 
-WAYS: dict[Way, CostModel] = {
-    "expand": ops.ALWAYS_EXPAND,
-    "modulate": ops.ALWAYS_MODULATE,
-    "resident": ops.ALWAYS_RESIDENT,
-}
+WAYS: dict[Way, CostModel] = {"expand": ops.ALWAYS_EXPAND, "modulate": ops.ALWAYS_MODULATE}
+WAYS["resident"] = ops.ALWAYS_RESIDENT
 LAYERS, QUICK_LAYERS = ("896x4864", "2048x2048", "4096x4096"), ("2048x2048",)
 # (r, K): live ranks 2, 4, 8 and 16.
 CONFIGURATIONS, QUICK_CONFIGURATIONS = ((16, 8), (16, 4), (32, 4), (32, 2)), ((16, 8), (32, 4))
@@ -42,11 +35,7 @@ def cases(options: Options) -> list[tuple[LayerShape, int, int]]:
 
 
 def measure(chosen: Sequence[tuple[LayerShape, int, int]], options: Options) -> list[Row]:
-    """A row per implementation and one per point. Stores what was found.
-
-    Raises:
-        ConfigError: the file of the constants cannot be read.
-    """
+    """A row per implementation and one per point. Stores what was found; ConfigError if that file cannot be read."""
     device, budget = torch.device(options.device), QUICK_BUDGET if options.quick else BUDGET
     names = [name for name in ops.available_implementations(device, DTYPE) if name != "reference"]
     points: dict[str, list[Row]] = {name: [] for name in names}
@@ -83,11 +72,6 @@ def measure(chosen: Sequence[tuple[LayerShape, int, int]], options: Options) -> 
         raise ConfigError(str(error)) from error
     print(f"stored in {ops.cost_file()}")
     return rows
-
-
-def bars(rows: Sequence[Row]) -> list[Bar]:
-    """None: constants that are no better than the defaults are not taken."""
-    return []
 
 
 def section(rows: Sequence[Row]) -> str:

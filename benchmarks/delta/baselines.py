@@ -3,6 +3,7 @@
 Blocks of equal size only. Every call adds to the y of its step.
 """
 
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,21 +19,17 @@ from benchmarks.harness.timing import Call
 
 EXPAND, MODULATE, LOOP = "bmm expand", "bmm modulate", "loop"
 LORA, LORA_TORCH = "lora (vllm)", "lora (torch)"
-LARGEST_LOOP = 64
+LARGEST_LOOP = 64  # adapters; beyond, it only repeats itself
 LARGEST_GATHER_BYTES = 1 << 28  # vLLM's CPU ops copy the factors of every token, in float32
 
 
-def plain_calls(step: Step, implementation: str) -> tuple[dict[str, Call], dict[str, str]]:
-    """The plain ways and the loop over adapters, and why some of them are left out here."""
+def plain_calls(step: Step, implementation: str) -> dict[str, Call]:
+    """The plain ways, where adapters have equally many tokens, and the loop over adapters."""
     adapters = len(step.case.group_sizes())
-    if not adapters:
-        return {}, {}
-    if step.case.workload != EQUAL:
-        return {}, dict.fromkeys((EXPAND, MODULATE, LOOP), "only where adapters have equally many tokens")
-    calls = {EXPAND: expand(step), MODULATE: modulate(step)}
-    if adapters > LARGEST_LOOP:
-        return calls, {LOOP: f"it only repeats itself beyond {LARGEST_LOOP} adapters"}
-    return calls | ({LOOP: step.loop(implementation)} if adapters > 1 else {}), {}
+    if not adapters or step.case.workload != EQUAL:
+        return {}
+    loop = {LOOP: step.loop(implementation)} if 1 < adapters <= LARGEST_LOOP else {}
+    return {EXPAND: expand(step), MODULATE: modulate(step), **loop}
 
 
 def expand(step: Step) -> Call:
@@ -136,15 +133,10 @@ def _wrapper(case: Case, num_slots: int, device: torch.device) -> Any:
     """What vLLM's layers call, for this step."""
     from vllm.lora.layers import LoRAMapping
 
-    arguments: dict[str, Any] = {}
-    if device.type == "cuda":
-        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Wrapper
-
-        limits = {"max_loras": num_slots, "specialize_active_lora": False, "fully_sharded_loras": False}
-        arguments["lora_config"] = SimpleNamespace(**limits)
-    else:
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Wrapper
-    wrapper = Wrapper(case.tokens, case.tokens, device, **arguments)
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    module = import_module(f"vllm.lora.punica_wrapper.punica_{kind.lower()}")
+    limits = SimpleNamespace(max_loras=num_slots, specialize_active_lora=False, fully_sharded_loras=False)
+    wrapper = getattr(module, f"PunicaWrapper{kind}")(case.tokens, case.tokens, device, lora_config=limits)
     ids = tuple(slot + 1 for slot in case.slots().tolist())  # 0 = no adapter
     wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=True), list(range(1, num_slots + 1)), num_slots, 32000)
     return wrapper

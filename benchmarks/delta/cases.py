@@ -23,12 +23,10 @@ class LayerShape:
 
     @property
     def h_out(self) -> int:
-        """Width of the whole output."""
         return sum(self.slices)
 
     @property
     def numel(self) -> int:
-        """|W|."""
         return self.h_in * self.h_out
 
 
@@ -72,11 +70,9 @@ class Case:
 
     @property
     def branch_rank(self) -> int:
-        """r_k."""
         return self.rank // self.blocks
 
     def slots(self) -> NDArray[np.int64]:
-        """Slot of each token."""
         if self.workload != EQUAL:
             return ops.workload(self.workload, self.tokens, self.adapters)
         if self.adapters == 0:
@@ -89,7 +85,6 @@ class Case:
         return [int(count) for count in np.unique(slots[slots >= 0], return_counts=True)[1]]
 
     def row(self) -> dict[str, object]:
-        """For JSON."""
         layer = {"layer": self.layer.name, "h_in": self.layer.h_in, "slices": list(self.layer.slices)}
         return asdict(self) | layer
 
@@ -112,7 +107,6 @@ class Grid:
     slots: int = 256
 
     def cases(self, layer: LayerShape, rank: int, blocks: int) -> Iterator[Case]:
-        """The points of one layer and (r, K)."""
         for tokens in self.tokens:
             for adapters in sorted({min(count, tokens) for count in (*self.adapters, self.slots)}):
                 yield Case(layer, rank, blocks, tokens, adapters)

@@ -4,23 +4,20 @@ Weights and activations are two bytes wide. A delta that is a kernel of its own 
 the diagonal blocks of W once; the single pass reads W once for base and delta together.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.delta.cases import Case
+from benchmarks.harness.timing import Budget, Call, measure
 
 ELEMENT_BYTES = 2
-REPETITIONS = 6  # of what measures a ceiling; the best counts
+SIX_TIMES = Budget(seconds_each=0.0, least=6, most=6)  # the best counts
 
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be moved and computed."""
-
     num_bytes: float
     flops: float
 
@@ -66,19 +63,9 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     size, width = (256 << 20, 2048) if device.type == "cpu" else (4 << 30, 8192)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copied = 2 * size / _best_s(lambda: target.copy_(source), device)
-    summed = size / _best_s(source.sum, device)  # a CPU's writes cost a read more
     x, weight = (torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return Ceilings(max(copied, summed), 2.0 * width**3 / _best_s(lambda: F.linear(x, weight), device))
-
-
-def _best_s(call: Callable[[], object], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(REPETITIONS):
-        wait()
-        begin = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "sum": lambda _: source.sum()}
+    times = measure(calls | {"gemm": lambda _: F.linear(x, weight)}, 1, device, SIX_TIMES)
+    best = {name: found["lowest"] / 1e6 for name, found in times.items()}
+    # A CPU's writes cost a read more: the sum may be the faster one.
+    return Ceilings(max(2 * size / best["copy"], size / best["sum"]), 2.0 * width**3 / best["gemm"])

@@ -40,25 +40,19 @@ class LayerCopy:
 
     @cached_property
     def slices(self) -> tuple[Tensor, ...]:
-        """The weight of each slice."""
         return torch.split(self.weight, list(self.shape.slices))
 
     @cached_property
     def plain(self) -> list[PlainSlice]:
         """Per slice, for the plain ways; the same content again."""
-        found, offset = [], 0
-        for index, part in enumerate(self.slices):
-            first = self.updates[0][index]
-            blocks = int(first.row_block.max()) + 1
-            rows, cols = (torch.argsort(ids, stable=True).to(part.device) for ids in (first.row_block, first.col_block))
-            m, n = len(part) // blocks, self.shape.h_in // blocks
-            weight = part[rows].view(blocks, m, self.shape.h_in)
-            weight = torch.stack([weight[k][:, cols[k * n : (k + 1) * n]] for k in range(blocks)])
-            a = torch.stack([update[index].a for update in self.updates]).to(part)[:, :, cols]
-            b = torch.stack([update[index].b.T * update[index].scaling for update in self.updates]).to(part)[:, :, rows]
-            a, b = a.view(*a.shape[:2], blocks, n), b.view(*b.shape[:2], blocks, m)
-            found.append(PlainSlice(weight, a, b, cols, rows.argsort(), offset))
-            offset += len(part)
+        bank, found, offset = next(iter(self.banks.values())), [], 0
+        for entry, sorted_a, sorted_b in zip(bank.slots[0], bank.a, bank.b, strict=True):
+            assert entry is not None, "every adapter changes every slice"
+            part = entry.partition
+            weight = torch.stack([part.store.block(k) for k in range(len(part.blocks))])
+            a, b = (factors.unflatten(2, (len(weight), -1)).clone() for factors in (sorted_a, sorted_b))
+            found.append(PlainSlice(weight, a, b, part.col_order, part.row_inverse, offset))
+            offset += sorted_b.shape[2]
         return found
 
     @cached_property

@@ -20,24 +20,10 @@ class Bar:
 
     @property
     def reached(self) -> bool:
-        """Whether the figure is on the right side of the bar, or on it."""
         above, below = self.at_least, self.at_most
         return (above is None or self.figure >= above) and (below is None or self.figure <= below)
 
-    @property
-    def limit(self) -> str:
-        """The bar, for people."""
-        return f"≤ {self.at_most:.2f}" if self.at_least is None else f"≥ {self.at_least:.2f}"
-
-    def line(self, device: str) -> str:
-        """For people."""
-        low, high = self.spread
-        verdict = "reached" if self.reached else "MISSED"
-        figures = f"{self.figure:.2f} (bar {self.limit}, repeats {low:.2f} to {high:.2f})"
-        return f"{verdict:8} {device}: {self.name}: {figures}"
-
     def row(self) -> dict[str, object]:
-        """For JSON."""
         return {"kind": "bar", **asdict(self), "reached": self.reached}
 
 

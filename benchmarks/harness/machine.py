@@ -33,7 +33,6 @@ def facts(*, on_cpu: bool = False) -> dict[str, object]:
 
 
 def device_class(row: dict[str, object]) -> str:
-    """Of the machine of a line of results."""
     if "limited_to" in row:
         return _class_of(str(row["limited_to"]))
     # Lines from before the class was noted name what the processor has for bfloat16.
@@ -53,7 +52,7 @@ def busy() -> float:
 
 
 def _class_of(flags: str) -> str:
-    return next((name for flag, name in CLASSES.items() if flag in flags), CLASSES["avx2"])
+    return next((name for flag, name in CLASSES.items() if flag in flags), "AVX2")
 
 
 def _cpuinfo(key: str) -> str:

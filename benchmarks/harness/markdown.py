@@ -4,13 +4,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.harness.bars import Bar
 from benchmarks.harness.machine import device_class
 from benchmarks.harness.results import Row, of_kind
 
-Columns = Mapping[
-    str, str | Callable[[Row], object]
-]  # head → a format string over a row's keys, or a function of a row
+# Head → a format string over a row's keys, or a function of a row.
+Columns = Mapping[str, str | Callable[[Row], object]]
 LOAD: Columns = {
     "tokens/s": "{tokens_per_s:.1f}",
     "lowest to highest": "{spread[0]:.1f} to {spread[1]:.1f}",
@@ -21,11 +19,9 @@ LOAD: Columns = {
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> str:
-    """A Markdown table with a line per row."""
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [
-        [cell.format_map(row) if isinstance(cell, str) else str(cell(row)) for cell in columns.values()] for row in rows
-    ]
+    for row in rows:
+        lines.append([cell.format_map(row) if isinstance(cell, str) else str(cell(row)) for cell in columns.values()])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -33,7 +29,7 @@ def bar_table(rows: Sequence[Row]) -> str:
     """Each bar with its figure, and where it was met or missed."""
     columns: Columns = {
         "bar": "{name}",
-        "limit": lambda row: bar_of(row).limit,
+        "limit": limit_words,
         "measured": "{figure:.2f}",
         "repeats": "{spread[0]:.2f} to {spread[1]:.2f}",
         "reached": lambda row: "yes" if row["reached"] else "**no**",
@@ -42,13 +38,11 @@ def bar_table(rows: Sequence[Row]) -> str:
     return table(columns, of_kind(rows, "bar"))
 
 
-def bar_of(row: Row) -> Bar:
-    """The bar of a line of results."""
-    return Bar(row["name"], row["figure"], row["at_least"], tuple(row["spread"]), row.get("at_most"))
+def limit_words(bar: Row) -> str:
+    return f"≤ {bar['at_most']:.2f}" if bar["at_least"] is None else f"≥ {bar['at_least']:.2f}"
 
 
 def setup_line(row: Row) -> str:
-    """Hardware and versions in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     limited = f", limited to {row['limited_to']}" if "limited_to" in row else ""
     hardware = f"{row['hardware']}{limited}, {row['cores']} cores, {row['memory_gib']} GiB"
@@ -57,9 +51,7 @@ def setup_line(row: Row) -> str:
 
 
 def load_words(row: Row) -> str:
-    """The load of a row of requests."""
-    words = "{streams} concurrent streams, {input_tokens} tokens in, {output_tokens} out"
-    return words.format_map(row["load"])
+    return "{streams} concurrent streams, {input_tokens} tokens in, {output_tokens} out".format_map(row["load"])
 
 
 def with_section(file: Path, name: str, text: str) -> str:

@@ -34,7 +34,6 @@ QWEN_05B_QUICK = replace(QWEN_05B, name="qwen2.5-0.5b-4-layers", num_hidden_laye
 
 
 def home(name: str) -> Path:
-    """A folder of the cache, made if it is not there."""
     folder = cache_root() / "benchmarks" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -60,7 +59,6 @@ def random_smoa(base: Path, rank: int, num_blocks: int, index: int) -> Path:
 
 
 def random_lora(base: Path, rank: int, index: int) -> Path:
-    """A LoRA adapter over the same layers."""
     return _adapter(base, f"lora-r{rank}-{index}", "lora", {"ranks": [rank], "seed": index, "strength": 0.2})
 
 

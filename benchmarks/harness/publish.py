@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from benchmarks.harness.machine import DEVICE_CLASSES
-from benchmarks.harness.markdown import bar_of, bar_table, setup_line, table, with_section
+from benchmarks.harness.markdown import bar_table, limit_words, setup_line, table, with_section
 from benchmarks.harness.question import QUESTIONS, question
 from benchmarks.harness.results import ROOT, Row, newest, of_kind
 
@@ -14,15 +14,9 @@ _WHERE, _CHOICE = re.compile(r", worst of \d+: ([^,]+),.*"), re.compile(r" \((sl
 
 
 def publish(root: Path = ROOT) -> None:
-    """Write all pages and pictures anew."""
     for file, text in pages(root).items():
         file.write_text(text, encoding="utf-8")
     question("serving").draw(_latest(_found(root)["serving"]), root / "docs")
-
-
-def stale(root: Path = ROOT) -> list[Path]:
-    """Pages that say something else than the stored results."""
-    return [file for file, text in pages(root).items() if not file.is_file() or file.read_text("utf-8") != text]
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -53,7 +47,7 @@ def side_by_side(found: dict[str, dict[str, list[Row]]]) -> str:
     for what, by_class in found.items():
         for name, rows in by_class.items():
             for row in of_kind(rows, "bar"):
-                label, limit = _CHOICE.sub("", _WHERE.sub(r": \1", row["name"])), bar_of(row).limit
+                label, limit = _CHOICE.sub("", _WHERE.sub(r": \1", row["name"])), limit_words(row)
                 line = {"what": what, "label": label, "limit": limit, **dict.fromkeys(DEVICE_CLASSES, "")}
                 words = f"{row['figure']:.2f}" if row["reached"] else f"**{row['figure']:.2f}** missed"
                 lines.setdefault((what, label, limit), line)[name] = words

@@ -1,8 +1,8 @@
 """What a question is, and which there are.
 
 Each is a module of this package: `cases(options)` says what is measured; `measure(cases, options)` gives rows for JSON,
-every computation gated before its clock runs; `bars(rows)` are the bars that these rows decide; `section(rows)` is
-Markdown, from rows as they are stored. One that has a picture has `draw(rows, folder)`.
+every computation gated before its clock runs; `section(rows)` is Markdown, from rows as they are stored. One that has
+bars has `bars(rows)`, which these rows decide; one that has a picture has `draw(rows, folder)`.
 """
 
 from dataclasses import dataclass
@@ -23,5 +23,4 @@ class Options:
 
 
 def question(what: str) -> Any:
-    """The module of a question."""
     return import_module(f"benchmarks.{what}")

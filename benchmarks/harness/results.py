@@ -39,11 +39,13 @@ def newest(what: str, folder: Path = RESULTS) -> dict[str, list[Row]]:
 
 
 def _layer(row: Row) -> str | None:
-    """That a bar is about."""
     match = re.search(r", worst of \d+: ([^,]+),", row.get("name", ""))
     return match[1] if match else None
 
 
+def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
+
+
 def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    """The lines of one kind."""
     return [row for row in rows if row["kind"] == kind]

@@ -22,7 +22,6 @@ ENVIRONMENT = {
     # What is measured stays where it is, unless a server's own environment says otherwise.
     "SMOA_AUTO_RESIDENT": "0",
 }
-STOCK = {"VLLM_PLUGINS": ""}
 FLAGS = ("--max-model-len", "1024", "--no-enable-prefix-caching")
 
 
@@ -40,14 +39,13 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def process(self, base: Path, log_file: Path) -> ServerProcess:
-        """Not started yet."""
         flags = ["--served-model-name", "base", *self.flags]
         if on_gpu():
             flags += ["--gpu-memory-utilization", "0.25"]
         if self.adapters:
             flags += ["--max-loras", str(len(self.adapters)), "--max-lora-rank", str(SLOT_RANK)]
         pairs = [f"{name}={path}" for name, path in self.adapters.items()]
-        environment = ENVIRONMENT | ({} if self.plugin else STOCK) | dict(self.environment)
+        environment = ENVIRONMENT | ({} if self.plugin else {"VLLM_PLUGINS": ""}) | dict(self.environment)
         program: Sequence[str] = SMOA_SERVE
         if self.plugin:
             flags += [part for pair in pairs for part in ("--adapter", pair)]
@@ -78,5 +76,4 @@ def running(base: Path, servers: Sequence[Server]) -> Iterator[dict[str, ServerP
 
 
 def on_gpu() -> bool:
-    """Whether the servers run on one."""
     return torch.cuda.is_available()

@@ -31,7 +31,6 @@ class Budget:
     patience_s: float = 0.0
 
     def rounds(self, seconds: float) -> int:
-        """For a candidate that takes this long."""
         return max(self.least, min(self.most, int(self.seconds_each / max(seconds, 1e-9))))
 
 
@@ -115,12 +114,10 @@ def _cuda_repeat(call: Call, copies: int) -> Callable[[], Once]:
         for copy in range(copies):
             call(copy)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         all_copies()
         all_copies()
-    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     run: Callable[[], object] = all_copies
     graph = torch.cuda.CUDAGraph()

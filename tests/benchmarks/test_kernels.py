@@ -235,7 +235,6 @@ def test_every_point_has_its_candidates() -> None:
     assert set(times) == expected | ({"single pass"} if "cpp" in own else set())
     assert all(found["lowest"] <= found["median"] <= found["highest"] for found in times.values())
     assert set(by_point["equal", 3, 0]["times_us"]) == {"base", *own}
-    assert "dense" in by_point["equal", 3, 0]["skipped"]
     assert {bar.name.split(",")[0] for bar in kernels.bars(rows)} == {
         "the better of plain bmm expand and modulate / delta",
         "dense dW per forward / delta",
@@ -259,7 +258,6 @@ def test_a_wrong_result_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 def test_each_way_is_forced_and_the_constants_are_stored() -> None:
     rows = tune.measure([(TINY, 16, 8)], Options())
-    assert tune.bars(rows) == []
     summaries = [row for row in rows if row["kind"] == "tuned"]
     stored = {found.implementation: found for found in read_costs(cost_file())}
     assert {row["implementation"] for row in summaries} == set(stored) <= set(BUILT_IN)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from safetensors.torch import load_file
 
@@ -18,6 +19,7 @@ from benchmarks.hot import Place
 from smoa_serve.adapters import open_adapter
 from smoa_serve.base.checkpoint import BaseCheckpoint
 from smoa_serve.cli.loadgen import LoadResult, Sample
+from smoa_serve.testing import ServerProcess
 
 TINY = Shape("tiny", 64, 2, 2, 1, 96, 128)
 
@@ -148,6 +150,26 @@ def test_policy_and_best_choice_take_turns_on_both_servers(monkeypatch: pytest.M
     assert (bar.name, bar.figure, bar.reached) == (
         "Zipf(1.0), automatic policy / best fixed choice (resident)", 0.9, False,
     )  # fmt: skip
+
+
+def test_what_servers_answer_is_read() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        if asked.get("stream"):
+            assert asked["ignore_eos"]
+            lines = [{"choices": [{"index": 0, "text": "a"}]}] * 3 + [{"choices": []}]
+            return httpx.Response(200, text="".join(f"data: {json.dumps(line)}\n\n" for line in lines))
+        places = [
+            {str(token): {"logprob": -2.0, "rank": 2}, "7": {"logprob": -1.0, "rank": 1}} for token in asked["prompt"]
+        ]
+        return httpx.Response(200, json={"choices": [{"index": 0, "text": "", "prompt_logprobs": [None, *places[1:]]}]})
+
+    server = ServerProcess("base", port=1)
+    client = server.client(http_client=httpx.Client(transport=httpx.MockTransport(answer)))
+    assert hot.scores(client, "m") == [(-2.0, "7")] * hot.PROMPTS * (hot.PROMPT_TOKENS - 1)
+    times: list[float] = []
+    hot._stream(client, "m", times, 3)
+    assert len(times) == 3
 
 
 class Answers:
