@@ -231,15 +231,19 @@ class HttpSource:
         self._http = Http(place, policy, deadline, lambda scheme, host: policy.check_origin(scheme, host, place.shown))
 
     def look(self, name: str) -> Seen | None:
+        """What is known about a file; None when there is none of that name."""
         return self._http.look(self._place.url(name), self._headers())
 
     def read(self, name: str, seen: Seen, start: int) -> Pieces:
+        """The bytes of a file from `start` on, each piece with its offset."""
         return self._http.read(self._place.url(name), self._headers(), seen, start)
 
     def revision(self) -> str | None:
+        """The commit that all files belong to; None where there is none."""
         return None
 
     def close(self) -> None:
+        """Let go of connections."""
         self._http.close()
 
     def _headers(self) -> dict[str, str]:

@@ -98,6 +98,7 @@ class HubSource:
         return f"{self._folder}/{name}" if self._folder else name
 
     def look(self, name: str) -> Seen | None:
+        """What is known about a file; None when there is none of that name."""
         held = self._held
         if isinstance(held, Path):
             file = held / self._path(name)
@@ -106,6 +107,7 @@ class HubSource:
         return None if found is None else Seen(found.size, self._commit, found.lfs.sha256 if found.lfs else None)
 
     def read(self, name: str, seen: Seen, start: int) -> Pieces:
+        """The bytes of a file from `start` on, each piece with its offset."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -117,10 +119,12 @@ class HubSource:
         yield from self._http.read(url, build_hf_headers(), Seen(seen.size, None), start)
 
     def revision(self) -> str | None:
+        """The commit that all files belong to; None where there is none."""
         _ = self._held
         return self._commit
 
     def close(self) -> None:
+        """Let go of connections."""
         self._http.close()
 
 

@@ -45,6 +45,7 @@ class ObjectSource:
         self._files = self._asked(partial(file_system, place.scheme))
 
     def look(self, name: str) -> Seen | None:
+        """What is known about a file; None when there is none of that name."""
         try:
             info = self._asked(partial(self._wait, self._files._info, self._path(name)))
         except FileNotFoundError:
@@ -54,6 +55,7 @@ class ObjectSource:
         return Seen(info.get("size"), next((str(info[mark]) for mark in _MARKS if info.get(mark)), None))
 
     def read(self, name: str, seen: Seen, start: int) -> Pieces:
+        """The bytes of a file from `start` on, each piece with its offset."""
         if seen.size is None:
             raise AdapterError(self._place.shown, f"the store does not say how large {name or 'it'} is")
         while start < seen.size:
@@ -69,6 +71,7 @@ class ObjectSource:
             start = end
 
     def revision(self) -> str | None:
+        """The commit that all files belong to; None where there is none."""
         return None
 
     def close(self) -> None:
