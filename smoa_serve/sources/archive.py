@@ -50,12 +50,12 @@ class _Bounded:
         return getattr(self._handle, name)
 
 
-def unpack(archive: Path, kind: str, folder: Path, names: Sequence[str], limits: tuple[int, int], shown: str) -> None:
+def unpack(archive: Path, form: str, folder: Path, names: Sequence[str], limits: tuple[int, int], shown: str) -> None:
     """Unpack the adapter in an archive.
 
     Args:
         archive: the file.
-        kind: "tar" or "zip".
+        form: "tar" or "zip".
         folder: empty; gets the files.
         names: of the files to take. They lie at the top or in one folder.
         limits: bytes of all members unpacked, and number of members.
@@ -68,15 +68,15 @@ def unpack(archive: Path, kind: str, folder: Path, names: Sequence[str], limits:
     with writing(f"what is unpacked from {shown}", "choose another cache folder"):
         try:
             with archive.open("rb") as handle:
-                _unpack(_Bounded(handle), kind, folder, names, limits, shown)
+                _unpack(_Bounded(handle), form, folder, names, limits, shown)
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which says where a header led
                 raise
-            raise AdapterError(shown, f"the .{kind} archive cannot be read: {error}") from error
+            raise AdapterError(shown, f"the .{form} archive cannot be read: {error}") from error
 
 
-def _unpack(handle: Any, kind: str, folder: Path, names: Sequence[str], limits: tuple[int, int], shown: str) -> None:
-    members = (_tar_members if kind == "tar" else _zip_members)(handle, limits[1], shown)
+def _unpack(handle: Any, form: str, folder: Path, names: Sequence[str], limits: tuple[int, int], shown: str) -> None:
+    members = (_tar_members if form == "tar" else _zip_members)(handle, limits[1], shown)
     _check(members, limits, shown)
     base = _base(members, shown)
     for name in names:

@@ -250,15 +250,15 @@ class _Fetch:
 
     def _unpacked(self, work: Path) -> Path:
         """The folder of adapter files: those that were fetched, or those in the archive."""
-        kind = self._place.archive
-        if kind is None:
+        form = self._place.archive
+        if form is None:
             return work / "files"
         folder = work / "unpacked"
         with self._writing():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             limits = (self._policy.max_bytes, self._policy.max_files)
-            unpack(work / "archive", kind, folder, self._policy.names, limits, self._place.shown)
+            unpack(work / "archive", form, folder, self._policy.names, limits, self._place.shown)
             if not any((folder / name).exists() for name in self._policy.names[1:]):
                 raise self._no_weights()
         return folder
