@@ -61,11 +61,10 @@ def _measure_point(step: Step, own: Sequence[str], ceilings: Ceilings, budget: B
     others, slow = baselines.plain_calls(step, own[0]), {}
     if case.workload == EQUAL and case.tokens == DENSE_TOKENS and case.adapters in DENSE_ADAPTERS:
         slow = {DENSE: baselines.dense(step)}
-    step.gate(deltas | others | slow)
-    calls = {BASE: step.base(), **deltas, **others, **baselines.lora(step)}
     single_pass = step.single_pass()
+    step.gate(deltas | others | slow, single_pass)
+    calls = {BASE: step.base(), **deltas, **others, **baselines.lora(step)}
     if single_pass is not None:
-        step.gate_single_pass(single_pass)
         calls[SINGLE_PASS] = single_pass
     times = timing.measure(calls, copies, device, budget)
     if slow:

@@ -1,7 +1,7 @@
 """No number without a right result: what every computation that is timed must hold before the clock runs.
 
-Each result is judged by itself, against float32. Two results that were rounded apart are never compared number by
-number: of ten million, one is off by more than either may be.
+Each result is judged by itself, against float32. Two results that were rounded apart are compared by rows, never by
+`numbers`: of ten million, one is off by more than either may be.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.harness.ops import TOLERANCES
 
 
-def assert_rounded(name: str, found: Tensor, exact: Tensor) -> None:
+def assert_rounded(name: str, found: Tensor, exact: Tensor, *, numbers: bool = True) -> None:
     """Raises AssertionError, which says where, unless `found` [T, H] is `exact` in float32 but for rounding on the way.
 
     A term of a delta is rounded up to eight times (factors, their product, that with the weight or with x, partial
@@ -20,8 +20,8 @@ def assert_rounded(name: str, found: Tensor, exact: Tensor) -> None:
     tolerance, error = TOLERANCES[found.dtype], (found.float() - exact).abs()
     length = exact.norm(dim=1, keepdim=True)
     rows = error.norm(dim=1, keepdim=True) / length.clamp(min=1e-30)
-    numbers = error / (exact.abs() + length / exact.shape[1] ** 0.5).clamp(min=1e-30)
-    for what, off, allowed in (("row", rows, tolerance), ("number", numbers, 2 * tolerance)):
+    each = error / (exact.abs() + length / exact.shape[1] ** 0.5).clamp(min=1e-30)
+    for what, off, allowed in (("row", rows, tolerance), ("number", each, 2 * tolerance))[: 1 + numbers]:
         wrong = ~(off <= allowed)  # NaN too
         if wrong.any():
             place = wrong.nonzero()[0].tolist()
