@@ -118,9 +118,13 @@ def _enter_metrics(module: ModuleType) -> None:
 def _enter_serving_models(module: ModuleType) -> None:
     # By then the API server holds references to the class, so its instances are turned instead of the name rebound.
     share_logging()
-    from smoa_serve.server.models import enter
 
-    wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", enter)
+    def turn(wrapped: Any, models: Any, args: Any, kwargs: Any) -> None:
+        from smoa_serve.server.models import enter  # which imports this very module of vLLM
+
+        enter(wrapped, models, args, kwargs)
+
+    wrapt.wrap_function_wrapper(module, "OpenAIServingModels.__init__", turn)
 
 
 def _enter_app(module: ModuleType) -> None:

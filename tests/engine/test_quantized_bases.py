@@ -139,7 +139,7 @@ def recorded() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [logging.getLogger(f"smoa_serve.{name}") for name in ("engine.quantized", "binding")]
+    loggers = [logging.getLogger(f"smoa_serve.{name}") for name in ("engine.quantized", "adapters.fits")]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
