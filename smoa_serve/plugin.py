@@ -14,7 +14,7 @@ import wrapt
 
 from smoa_serve.engine.host.logs import share_logging
 from smoa_serve.errors import CompatibilityError
-from smoa_serve.settings import Settings
+from smoa_serve.settings import process_settings
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def register() -> None:
         ConfigError: a variable SMOA_* that is not known, or a value that cannot be used.
     """
     check_frontend(os.environ)
-    limit = Settings.from_environment().engine.kernels_isa
+    limit = process_settings().engine.kernels_isa
     if limit is not None:
         os.environ["SMOA_KERNELS_ISA"] = limit  # the kernels, which know nothing of serving, read it themselves
     for module, hook in _HOOKS.items():

@@ -25,7 +25,7 @@ from .base.checkpoint import BaseCheckpoint
 from .errors import AdapterError
 from .files.disk import writing
 from .files.json_file import read_json
-from .settings import Settings
+from .settings import process_settings
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class AdapterStore:
     FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
     def __init__(self, root: Path | None = None) -> None:
-        configured = Settings.from_environment().store.store_dir
+        configured = process_settings().store.store_dir
         default = configured or user_cache_path("smoa-serve", appauthor=False) / "adapters"
         self.root = (root or default).expanduser().resolve()
         self._remove_leftovers()

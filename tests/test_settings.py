@@ -11,12 +11,21 @@ from pydantic.fields import FieldInfo
 
 from smoa_serve.errors import ConfigError
 from smoa_serve.plugin import register
-from smoa_serve.settings import FIELDS, OTHER_VARIABLES, Declared, MergePolicy, OthersGet, Settings, load_settings
+from smoa_serve.settings import (
+    FIELDS,
+    OTHER_VARIABLES,
+    Declared,
+    MergePolicy,
+    OthersGet,
+    Settings,
+    load_settings,
+    process_settings,
+)
 from smoa_serve.settings.vllm_flags import revealed
 
 
 def test_an_empty_environment_allows_nothing() -> None:
-    settings = Settings.from_environment({"SMOA_ALLOW_PICKLE": "", "UNRELATED": "1"})
+    settings = process_settings({"SMOA_ALLOW_PICKLE": "", "UNRELATED": "1"})
     assert settings == Settings()
     adapters = settings.adapters
     assert adapters.adapters_root == ()
@@ -25,7 +34,7 @@ def test_an_empty_environment_allows_nothing() -> None:
 
 def test_roots_are_separated_like_path() -> None:
     value = os.pathsep.join(["/adapters", "", "/more/adapters"])
-    assert Settings.from_environment({"SMOA_ADAPTER_ROOTS": value}).adapters.adapters_root == (
+    assert process_settings({"SMOA_ADAPTER_ROOTS": value}).adapters.adapters_root == (
         Path("/adapters"),
         Path("/more/adapters"),
     )
@@ -33,14 +42,14 @@ def test_roots_are_separated_like_path() -> None:
 
 @pytest.mark.parametrize("value", ["1", "true", "yes"])
 def test_switches(value: str) -> None:
-    settings = Settings.from_environment({"SMOA_STRICT_ORDER": value, "SMOA_SERVE_REQUIRED": value})
+    settings = process_settings({"SMOA_STRICT_ORDER": value, "SMOA_SERVE_REQUIRED": value})
     assert settings.adapters.strict_order
     assert settings.engine.required
 
 
 def test_a_bad_value_names_the_variable_and_what_was_found() -> None:
     with pytest.raises(ConfigError, match="SMOA_ALLOW_PICKLE='perhaps'"):
-        Settings.from_environment({"SMOA_ALLOW_PICKLE": "perhaps"})
+        process_settings({"SMOA_ALLOW_PICKLE": "perhaps"})
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +59,7 @@ NEAREST = "the environment variable SMOA_AUTOMERGE is not known; the nearest is 
 
 def test_an_unknown_variable_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=NEAREST):
-        Settings.from_environment({"SMOA_AUTOMERGE": "1"})
+        process_settings({"SMOA_AUTOMERGE": "1"})
     with pytest.raises(ConfigError, match=NEAREST):
         load_settings({}, {"SMOA_AUTOMERGE": "1"}, None)
 
@@ -64,7 +73,7 @@ def test_vllms_processes_do_not_start_with_an_unknown_variable(monkeypatch: pyte
 def test_variables_of_tests_scripts_and_vllm_are_known() -> None:
     others = [*OTHER_VARIABLES, "SMOA_TEST_CRASHES", "SMOA_SERVE_VLLM_PORT", "SMOA_SERVE_VLLM_API_KEY"]
     environment = dict.fromkeys([name for name in others if name != "SMOA_SETTINGS"], "1")
-    assert Settings.from_environment(environment) == Settings()
+    assert process_settings(environment) == Settings()
 
 
 def test_every_variable_that_is_named_anywhere_is_known() -> None:
@@ -87,7 +96,7 @@ def test_every_variable_that_is_named_anywhere_is_known() -> None:
 
 def test_the_tree_counts_more_than_single_variables() -> None:
     tree = Settings(residence={"auto_merge": True}, store={"store_dir": "/a"}).handed_on()
-    settings = Settings.from_environment({"SMOA_SETTINGS": tree, "SMOA_AUTO_MERGE": "0", "SMOA_STORE_DIR": "/b"})
+    settings = process_settings({"SMOA_SETTINGS": tree, "SMOA_AUTO_MERGE": "0", "SMOA_STORE_DIR": "/b"})
     assert settings.residence.auto_merge is True
     assert settings.store.store_dir == Path("/a")
 
@@ -110,14 +119,14 @@ def test_the_tree_counts_more_than_single_variables() -> None:
 )
 def test_a_wrong_tree_says_what_is_allowed(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        Settings.from_environment({"SMOA_SETTINGS": text})
+        process_settings({"SMOA_SETTINGS": text})
     assert len(str(refused.value)) < 400
 
 
 def test_older_names_mean_the_same() -> None:
     older = {"SMOA_MERGE_POLICY": "exclusive", "SMOA_ADAPTER_ROOTS": "/a", "SMOA_SERVE_ALLOW_HUB": "1"}
     now = {"SMOA_OTHERS_GET": "exclusive", "SMOA_ADAPTERS_ROOT": "/a", "SMOA_ALLOW_HUB": "1"}
-    assert Settings.from_environment(older) == Settings.from_environment(now)
+    assert process_settings(older) == process_settings(now)
     assert MergePolicy("exclusive") is OthersGet.EXCLUSIVE
 
 
@@ -177,8 +186,8 @@ def test_secrets_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FIELDS, "ladder_mib", Declared("residence", "ladder_mib", secret))
     for environment in ({"SMOA_LADDER_MIB": SECRET}, {"SMOA_SETTINGS": json.dumps({"ladder-mib": SECRET})}):
         with pytest.raises(ConfigError, match="valid integer") as refused:
-            Settings.from_environment(environment)
+            process_settings(environment)
         assert SECRET not in str(refused.value)
     with pytest.raises(ConfigError, match="residence: ") as refused:
-        Settings.from_environment({"SMOA_SETTINGS": json.dumps({"residence": SECRET})})
+        process_settings({"SMOA_SETTINGS": json.dumps({"residence": SECRET})})
     assert SECRET not in str(refused.value)

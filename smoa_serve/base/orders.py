@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..files.opened import OpenedFile
 from ..files.tensors import all_tensors
-from ..settings import Settings
+from ..settings import process_settings
 from .checkpoint import BaseCheckpoint
 from .spectral import SpectralOrder, spectral_order
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 def cache_root() -> Path:
     """The folder for everything that can be computed again: $SMOA_CACHE_DIR or the user's cache folder."""
-    configured = Settings.from_environment().store.cache_dir
+    configured = process_settings().store.cache_dir
     return configured.expanduser() if configured else user_cache_path("smoa-serve", appauthor=False)
 
 

@@ -27,7 +27,7 @@ from smoa_serve.engine.merging import WeightChecksumError
 from smoa_serve.engine.messages import AdapterStatus, Residence, WorkerStatus
 from smoa_serve.engine.mover import Mover
 from smoa_serve.errors import AdapterError
-from smoa_serve.settings import Settings
+from smoa_serve.settings import process_settings
 
 
 class SmoaModelManager(FreeingManager):
@@ -53,7 +53,7 @@ class SmoaModelManager(FreeingManager):
         self.smoa_refusal = self._refusal(vllm_config)
         self.unattached: dict[str, str] = {}
         self.absorbed: set[str] = set()
-        self._whole = Settings.from_environment().engine.one_pass
+        self._whole = process_settings().engine.one_pass
         self.plan = StepPlan(self.max_num_batched_tokens, self.lora_slots, self.device)
         self._seen: object = None
         self._added = 0
@@ -61,7 +61,7 @@ class SmoaModelManager(FreeingManager):
 
     def _refusal(self, vllm_config: VllmConfig) -> str | None:
         self.captured = self.device.type != "cpu" and not vllm_config.model_config.enforce_eager
-        if self.captured and not Settings.from_environment().engine.cuda_graphs:
+        if self.captured and not process_settings().engine.cuda_graphs:
             return (
                 "deltas inside CUDA graphs are not proven on a GPU yet; start the server with --enforce-eager, or set "
                 "SMOA_CUDA_GRAPHS=1 to try them"

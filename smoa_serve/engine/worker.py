@@ -24,7 +24,7 @@ from smoa_serve.engine.bind import check_lora_names, rename_mapper
 from smoa_serve.engine.host import heap
 from smoa_serve.engine.manager import SmoaModelManager
 from smoa_serve.errors import AdapterError, reasons_of
-from smoa_serve.settings import Settings
+from smoa_serve.settings import process_settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class SmoaWorkerManager(LRUCacheWorkerLoRAManager):
     ) -> None:
         super().__init__(vllm_config, device, embedding_modules, lora_model_cls)
         self._model = (vllm_config.model_config.model, vllm_config.model_config.revision)
-        self._settings = Settings.from_environment().adapters
+        self._settings = process_settings().adapters
         self._store = AdapterStore()
         self._copies: dict[int, _Copy] = {}
         self._failed: frozenset[int] = frozenset()

@@ -13,7 +13,7 @@ from smoa_serve.residence.engine_client import served, several_processes
 from smoa_serve.residence.loop import LadderLoop
 from smoa_serve.server.errors import register, without_private_paths
 from smoa_serve.server.routes import residence as moves
-from smoa_serve.settings import Settings
+from smoa_serve.settings import process_settings
 
 router = APIRouter(prefix="/v1/smoa")
 
@@ -111,7 +111,7 @@ class EndpointPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The policy of this server; all else stands in vLLM's own state."""
-        settings = Settings.from_environment()
+        settings = process_settings()
         models = state.openai_serving_models
         state.smoa_ladder = models.ladder
         state.smoa_policy = LadderLoop(engine_client, models.ladder, settings)

@@ -45,7 +45,7 @@ from smoa_serve.server.errors import returned, without_private_paths
 from smoa_serve.server.paths import confine, download
 from smoa_serve.server.private_copies import PrivateCopies
 from smoa_serve.server.resolving import find
-from smoa_serve.settings import Settings
+from smoa_serve.settings import process_settings
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class SmoaServingModels(vllm_serving.OpenAIServingModels):
     def begin(self) -> None:
         """What `__init__` would do: instances are vLLM's, turned into this class right after they were made."""
         self.revisions = {}
-        settings = Settings.from_environment()
+        settings = process_settings()
         self._settings, self._required = settings.adapters, settings.engine.required
         self.store = AdapterStore()
         self._tasks: set[asyncio.Task[None]] = set()

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,13 @@ def load_settings(
     return _merged(sources), origins
 
 
-def from_variables(environment: Mapping[str, str]) -> Settings:
-    """What the environment says to a process of vLLM; see `Settings.from_environment`."""
+def process_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """What the variables named SMOA_* say to a process: plain `vllm serve` has them, `smoa-serve serve` hands them on.
+
+    Raises:
+        ConfigError: a variable that is not known, or a value that cannot be used; names the variable, what was found
+            and what is allowed.
+    """
     return _merged(_of_environment(environment, vllm=False))
 
 

@@ -167,18 +167,6 @@ class Settings(BaseSettings):
         """None but what it is made with."""
         return (init_settings,)
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the variables named SMOA_*: what plain `vllm serve` has, and what `smoa-serve serve` hands on.
-
-        Raises:
-            ConfigError: a variable that is not known, or a value that cannot be used; names the variable, what was
-                found and what is allowed.
-        """
-        from .sources import from_variables
-
-        return from_variables(environment)
-
     def handed_on(self) -> str:
         """What SMOA_SETTINGS holds, secrets included: all but vLLM's own flags, which stand in its command line."""
         return json.dumps(self.model_dump(exclude={"vllm"}), default=lambda value: str(revealed(value)))

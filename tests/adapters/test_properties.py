@@ -21,7 +21,7 @@ from smoa_serve.base.fingerprint import WeightFingerprint
 from smoa_serve.cli.serve_vllm import vllm_command
 from smoa_serve.errors import AdapterError, AdapterNotFoundError, ConfigError, PathNotAllowedError, SmoaError
 from smoa_serve.server.paths import confine
-from smoa_serve.settings import FIELDS, Settings, load_settings
+from smoa_serve.settings import FIELDS, Settings, load_settings, process_settings
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
@@ -283,7 +283,7 @@ def test_any_variable_is_a_flag_or_refused(variables: dict[str, str]) -> None:
     )
 )
 def test_any_environment_is_read_or_refused_by_its_variable(environment: dict[str, str]) -> None:
-    error = refusal(lambda: Settings.from_environment(environment))
+    error = refusal(lambda: process_settings(environment))
     assert error is None or any(name in str(error) for name in environment)
 
 

@@ -17,7 +17,7 @@ from smoa_serve.cli.adapter_limits import adapters_in, allowed_rank, default_lim
 from smoa_serve.cli.app import app, main
 from smoa_serve.cli.serve_vllm import plugin_names, vllm_command
 from smoa_serve.errors import AdapterError, CompatibilityError, ConfigError
-from smoa_serve.settings import FIELDS, Settings, load_settings
+from smoa_serve.settings import FIELDS, Settings, load_settings, process_settings
 from smoa_serve.settings.vllm_flags import SECRET_FLAGS, TEXT_FLAGS, revealed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -276,7 +276,7 @@ def test_the_plugin_reads_what_the_command_sets(tmp_path: Path) -> None:
     settings = Settings(model="m", adapters={"adapters_root": [tmp_path], "allow_pickle": True, "strict_order": True})
     environment = vllm_command(settings, [], {"SMOA_ADAPTER_ROOTS": "/elsewhere"}).environment
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
-    read = Settings.from_environment(environment)
+    read = process_settings(environment)
     adapters = read.adapters
     assert adapters.adapters_root == (tmp_path.resolve(), Path("/elsewhere"))
     assert (adapters.allow_pickle, adapters.strict_order, adapters.allow_hub) == (True, True, False)
@@ -418,7 +418,7 @@ def test_a_switch_turned_off_overrules_an_inherited_variable(flag: str) -> None:
     for value, expected in ((False, False), (True, True), (None, True)):
         settings = settings_of(inherited, model="m", **({} if value is None else {flag: value}))
         environment = inherited | vllm_command(settings, [], inherited).environment
-        assert getattr(Settings.from_environment(environment).adapters, flag) is expected
+        assert getattr(process_settings(environment).adapters, flag) is expected
 
 
 def invoke(*arguments: str) -> str:
@@ -509,7 +509,7 @@ def test_main_runs_vllms_own_command_in_this_process(monkeypatch: pytest.MonkeyP
         main()
     assert ended.value.code == 0
     assert started[0].argv[-2:] == ["--port", "1"]
-    assert Settings.from_environment(started[0].environment).adapters.adapters_root == (tmp_path,)
+    assert process_settings(started[0].environment).adapters.adapters_root == (tmp_path,)
 
 
 def test_main_shows_an_error_without_a_traceback(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,24 @@ def free_port() -> int:
     return port
 
 
+@contextmanager
+def running(command: list[str], port: int) -> Iterator[None]:
+    """A server as a child process, once it listens."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            until = time.monotonic() + 60
+            while True:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+
+
 @pytest.fixture(scope="module")
 def environment() -> Iterator[pytest.MonkeyPatch]:
     """Credentials and endpoints where the libraries look for them."""
@@ -45,13 +64,11 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def s3(environment: pytest.MonkeyPatch) -> Iterator[Put]:
-    """moto's S3 server; puts an object into the bucket "adapters"."""
+    """moto's S3 server; puts an object into the bucket "adapters". In a process of its own: Flask's proxies, once
+    imported, break whoever walks all modules, as vLLM does at its start."""
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
+    port = free_port()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "testing",
@@ -59,10 +76,10 @@ def s3(environment: pytest.MonkeyPatch) -> Iterator[Put]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         environment.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="adapters")
-    yield lambda key, data: client.put_object(Bucket="adapters", Key=key, Body=data)
-    server.stop()
+    with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="adapters")
+        yield lambda key, data: client.put_object(Bucket="adapters", Key=key, Body=data)
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +126,11 @@ def az(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     said = {"DefaultEndpointsProtocol": "http", "AccountName": "devstoreaccount1", "AccountKey": AZURE_KEY}
     connection = ";".join(f"{name}={value}" for name, value in {**said, "BlobEndpoint": endpoint}.items())
     environment.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            until = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                assert process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            service = BlobServiceClient.from_connection_string(connection)
-            service.create_container("adapters")
-            yield lambda key, data: service.get_blob_client("adapters", key).upload_blob(data, overwrite=True) and None
-            service.close()
-        finally:
-            process.terminate()
+    with running(command, port):
+        service = BlobServiceClient.from_connection_string(connection)
+        service.create_container("adapters")
+        yield lambda key, data: service.get_blob_client("adapters", key).upload_blob(data, overwrite=True) and None
+        service.close()
 
 
 @pytest.fixture(params=["s3", "gs", "az"])
