@@ -42,10 +42,11 @@ from smoa_serve.residence.engine_client import (
 )
 from smoa_serve.residence.ladder import Ladder, forget_metrics
 from smoa_serve.server.errors import returned, without_private_paths
-from smoa_serve.server.paths import confine, download
+from smoa_serve.server.paths import download
 from smoa_serve.server.private_copies import PrivateCopies
 from smoa_serve.server.resolving import find
 from smoa_serve.settings import process_settings
+from smoa_serve.sources.local import confine
 from smoa_serve.store import AdapterStore, StagedAdapter
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from smoa_serve.errors import SHOWN_CHARACTERS, AdapterError, AdapterNotFoundError, PathNotAllowedError
-from smoa_serve.server.paths import confine
+from smoa_serve.sources.local import confine
 
 logger = logging.getLogger(__name__)
 

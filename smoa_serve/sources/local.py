@@ -40,7 +40,7 @@ def confine(path: str, roots: Sequence[Path]) -> Path:
     if not roots:
         raise PathNotAllowedError(
             "adapters cannot be loaded over HTTP: no folder is configured for it. Start the server with "
-            "--adapters-root DIR (or SMOA_ADAPTER_ROOTS)."
+            "--adapters-root DIR (or SMOA_ADAPTERS_ROOT)."
         )
     given = Path(path)
     inside = []

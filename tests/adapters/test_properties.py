@@ -20,8 +20,8 @@ from smoa_serve.adapters.source import Source
 from smoa_serve.base.fingerprint import WeightFingerprint
 from smoa_serve.cli.serve_vllm import vllm_command
 from smoa_serve.errors import AdapterError, AdapterNotFoundError, ConfigError, PathNotAllowedError, SmoaError
-from smoa_serve.server.paths import confine
 from smoa_serve.settings import FIELDS, Settings, load_settings, process_settings
+from smoa_serve.sources.local import confine
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 

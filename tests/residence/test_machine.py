@@ -371,4 +371,5 @@ def _holds(rank: Rank, number: int, rung: Residence) -> bool:
 
 @pytest.mark.usefixtures("ranks")
 def test_whatever_happens_no_move_is_left_half_done() -> None:
+    # The machine's rules and invariants assert; this one raises what they find.
     run_state_machine_as_test(Moves, settings=settings(max_examples=300, stateful_step_count=40))

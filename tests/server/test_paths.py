@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from smoa_serve.errors import AdapterNotFoundError, PathNotAllowedError
-from smoa_serve.server.paths import confine, download
+from smoa_serve.server.paths import download
+from smoa_serve.sources.local import confine
 
 
 @pytest.fixture

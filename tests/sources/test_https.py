@@ -394,7 +394,10 @@ def test_files_of_one_adapter_come_side_by_side(legal: str, web: Web, policy: So
 
     for name in FILES:
         web.faults[f"/a/legal/{name}"] = [together]
-    fetch(legal, policy, cache)
+    with fetch(legal, policy, cache) as fetched:
+        assert content(fetched.folder) == FILES
+    assert not both.broken
+    assert all(not web.faults[f"/a/legal/{name}"] for name in FILES)  # both were asked for, at the same time
 
 
 def test_a_signed_query_goes_to_the_server_and_nowhere_else(
@@ -500,7 +503,8 @@ def test_proxies_of_the_environment_are_not_used(
 ) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    fetch(legal, policy, cache)
+    with fetch(legal, policy, cache) as fetched:
+        assert content(fetched.folder) == FILES
 
 
 def test_plain_http_is_fetched_only_where_a_prefix_names_it(make_policy: MakePolicy, cache: Cache) -> None:

@@ -33,7 +33,9 @@ ALLOW = (
     ],
 )
 def test_what_a_prefix_names_is_allowed(uri: str) -> None:
-    SourcePolicy(allow=ALLOW).place(uri)
+    place = SourcePolicy(allow=ALLOW).place(uri)
+    assert place.scheme == uri.partition(":")[0].lower()
+    assert "sig" not in place.shown
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_no_name_leaves_its_template(name: str) -> None:
     for template in ("s3://b/adapters/{name}", "https://h/adapters/{name}", "hf://org/{name}"):
         source = match_template(template, name)
         if source is not None:
-            SourcePolicy(allow=(template.partition("{")[0],)).place(source)
+            place = SourcePolicy(allow=(template.partition("{")[0],)).place(source)
+            assert source == template.replace("{name}", name)
+            assert not {"", ".", ".."} & set(place.segments)
 
 
 @pytest.mark.parametrize(
